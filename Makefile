@@ -1,0 +1,67 @@
+# Needed: make, python3 (3.10 or newer) and a package index. Everything else goes into virtual environments beside this file.
+#
+# A stamp file in an environment says which extra it holds; it is older than pyproject.toml when that has changed.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+PIP    := -m pip install --quiet --quiet --disable-pip-version-check --no-warn-script-location
+
+# Of the suite on the oldest and the newest interpreter of this machine: everything but the slow tests.
+OTHERS_PYTEST ?= -q -m "not slow"
+PYTEST_ARGS   ?=
+
+.PHONY: help demo test lint test-others test-one torture bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.stamp-demo  ## the library on real data: 336,776 flights through 20 MB of memory, in about a minute
+	@$(PY) examples/flights.py $(DEMO_ARGS)
+
+test: lint  ## lint, types, and the tests on the default, the oldest and the newest interpreter
+	$(PY) -m pytest -q $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory test-others
+
+lint: $(VENV)/.stamp-test  ## ruff and mypy
+	$(PY) -m ruff format --check --quiet . || { $(PY) -m ruff format --diff --quiet . ; exit 1 ; }
+	$(PY) -m ruff check --quiet .
+	$(PY) -m mypy
+
+test-others:
+	@$(PYTHON) scripts/interpreters.py | while read -r version interpreter ; do \
+		$(MAKE) --no-print-directory test-one VERSION=$$version INTERPRETER=$$interpreter < /dev/null || exit 1 ; \
+	done
+
+test-one: .venv-$(VERSION)/.stamp-test
+	@echo "Python $(VERSION):"
+	.venv-$(VERSION)/bin/python -m pytest $(OTHERS_PYTEST) $(PYTEST_ARGS)
+
+torture: $(VENV)/.stamp-test  ## every crash, fault and larger-than-memory test in full (an hour or so; as root it does more)
+	CHEST_TORTURE=1 $(PY) -m pytest -m "torture or slow" --durations=20 $(PYTEST_ARGS)
+
+bench: $(VENV)/.stamp-bench  ## side by side with other libraries, and the eviction policy against its baselines
+	$(PY) bench/peers.py $(BENCH_ARGS)
+	@if [ -e bench/eviction.py ] ; then echo "$(PY) bench/eviction.py" ; $(PY) bench/eviction.py ; fi
+
+clean:  ## remove environments, caches and results
+	rm -rf .venv .venv-* build dist bench/results .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"chest needs Python 3.10 or newer, this is {sys.version.split()[0]}: make PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.stamp-%: pyproject.toml | $(PY)
+	@echo "installing chest[$*] into $(VENV)"
+	@$(PY) $(PIP) -e '.[$*]'
+	@touch $@
+
+# Not every package of the test extra has wheels for the newest Python. The tests that need them are skipped then, and say so.
+.venv-%/.stamp-test: pyproject.toml
+	@[ -x .venv-$*/bin/python ] || $(INTERPRETER) -m venv .venv-$*
+	@echo "installing chest[test] into .venv-$*"
+	@.venv-$*/bin/python $(PIP) --only-binary :all: -e '.[test]' || { \
+		echo "not every package of the test extra is there for Python $*: testing with pytest and hypothesis alone" ; \
+		.venv-$*/bin/python $(PIP) -e . pytest hypothesis ; }
+	@touch $@

@@ -1,0 +1,362 @@
+"""How much memory a value holds.
+
+``nbytes`` is asked for every value that enters a chest, so it has to be cheap; its answers decide what is spilled, so they
+have to be honest. ``sys.getsizeof`` is cheap and wrong by any factor; visiting every member is honest and slower than writing
+the value to disk. What is done instead:
+
+- **Few members are all visited, many are sampled.** Up to 1,024 members the type of each is looked at, so that ten large
+  arrays among hundreds of small things are never missed; beyond that those of 256 members, evenly spread by the golden ratio
+  (no period of the data can hide from it, and without random numbers equal values have equal sizes). A sample whose members
+  differ much is enlarged. A budget bounds the whole walk and is shared out evenly among siblings.
+- **What is shared counts once.** An array stands for the buffer that it keeps alive, so two views of one array, or one array
+  in a thousand records, count once. Sampling needs care here, for what a sample meets is multiplied: an object that is met
+  a second time is taken back out of the sample and counted as the one object it is. Reference counts tell how often a sampled
+  object occurs among the members that were not looked at.
+- **Nothing is ever raised**, and no depth of nesting exhausts the stack.
+
+Known limits: nodes of a large graph that are sampled one by one, and reach each other, count too often (up to tenfold); chains
+of thousands of objects count up to the budget; clones of polars frames count as if they shared nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice, repeat
+from sys import getsizeof
+from typing import Any, Protocol, TypeVar, cast, overload
+
+from . import _size_plans
+from ._machine import machine_memory, parse_memory
+from ._size_plans import ALL, GOLDEN, HEADER, Groups, array_kinds, flat, leaves, own_bytes, parts, quick
+
+__all__ = ["machine_memory", "nbytes", "parse_memory"]
+
+_F = TypeVar("_F", bound=Callable[[Any], int])
+
+_TINY = 16  # members up to here are faster looked at one by one than with set and map
+_FEW = 64  # members that hold others: up to here all are visited ...
+_SAMPLE = 32  # ... and of more as many, and more if they differ
+_BUDGET = 600.0  # composite objects visited for one value; looking at a member costs a sixteenth of visiting one
+_DEPTH = 24  # levels walked by recursion; what lies deeper is put off
+_TRUSTED_REFERENCES = 8  # up to here a reference count says nothing of repetitions: who knows who else holds the object
+
+# CPython's means; with None an object that is met once in a sample is taken for unique.
+_refcount: Callable[[Any], int] | None = getattr(sys, "getrefcount", None)
+
+_Path = tuple[int, ...]
+_TOP: _Path = (0,)  # as an object, too: compared by identity on the hot path
+_ONES = repeat(1.0)
+
+
+def _nbytes(value: object) -> int:
+    """The bytes of memory that the value holds: deep, every shared part once, large containers by extrapolation.
+
+    An array counts exactly the buffer that it keeps alive (a view: the whole of its base). Scalars take 0.1 us, small
+    containers 1 us, and no value more than about a millisecond, however large it is. Never raises: what cannot tell its size
+    counts as if it held nothing.
+
+    ``nbytes.register(SomeType)`` makes the decorated function the measure of a type and its subclasses.
+    """
+    kind = type(value)
+    if kind in leaves:
+        return getsizeof(value)
+    try:
+        short_way = quick.get(kind)
+        if short_way is not None and (size := short_way(value)) >= 0:
+            return size
+    except Exception:  # changed under our hands by another thread, or broken: the walk copes
+        pass
+    for depth in (_DEPTH, 1):  # the caller may stand just below the recursion limit
+        try:
+            return _Walk().total(value, depth)
+        except RecursionError:
+            continue
+        except Exception:
+            break
+    return own_bytes(value)
+
+
+def _register(kind: type | str, size: Callable[[Any], int] | None = None) -> Any:
+    """``size(value)`` is from now on what ``nbytes`` takes values of this type and its subclasses to hold.
+
+    Args:
+        kind: a type, or its dotted name (``"polars.DataFrame"``): it need not be imported yet, nor ever.
+        size: the function; left out, ``register`` is a decorator. Where it raises, or returns no size, the value is
+            measured as if the type had not been registered.
+
+    Returns:
+        ``size`` itself.
+    """
+    if not isinstance(kind, type) and not (isinstance(kind, str) and "." in kind.strip(".")):
+        raise TypeError(f"nbytes.register takes a type or its dotted name ('package.Type'), not {kind!r}")
+    if size is None:
+        return lambda size: _register(kind, size)
+    if not callable(size):
+        raise TypeError(f"nbytes.register takes a function from value to bytes, not {size!r}")
+    _size_plans.register(kind, size)
+    return size
+
+
+class _NBytes(Protocol):
+    __name__: str
+
+    def __call__(self, value: object, /) -> int: ...
+
+    @overload
+    def register(self, kind: type | str) -> Callable[[_F], _F]: ...
+    @overload
+    def register(self, kind: type | str, size: _F) -> _F: ...
+
+
+_nbytes.__name__ = _nbytes.__qualname__ = "nbytes"
+_nbytes.register = _register  # type: ignore[attr-defined]
+nbytes = cast(_NBytes, _nbytes)  # a plain function: calling an object costs twice as much
+
+
+class _Walk:
+    """One measurement.
+
+    Members of a sampled group are visited as *units*, each under a path of its own: the path of the group, and its number.
+    ``seen`` holds for all that was met (by what identifies its bytes) the path under which it was counted. Met again at
+    or below that path, it adds nothing. Met elsewhere, it is shared by units that were taken to be separate: it is taken
+    back, and counted once for the innermost group that has both.
+    """
+
+    __slots__ = ("fixed", "later", "n_units", "path", "seen", "spent", "undo")
+
+    def __init__(self) -> None:
+        self.seen: dict[object, _Path] = {}
+        self.spent = 0.0
+        self.path: _Path = _TOP
+        self.fixed: list[float] = []  # for each open sampled group: bytes that its units share
+        self.n_units = 0
+        self.undo: _Path = ()  # while taking back: the path under which to count instead
+        self.later: list[tuple[Groups, float]] = []  # what lies too deep for recursion
+
+    def total(self, value: object, depth: int) -> int:
+        size = self.visit(value, _BUDGET, depth)
+        while self.later:
+            groups, budget = self.later.pop()
+            for members, n in groups:
+                size += self.group(members, n, budget, depth)
+        if type(value) in array_kinds:
+            size -= HEADER  # the value itself: exactly its buffer
+        return max(int(size), 0)
+
+    def visit(self, value: Any, budget: float, depth: int) -> float:
+        """The bytes of ``value`` and below that have not been counted; negative where it takes some back."""
+        seen, path = self.seen, self.path
+        self.spent += 1
+        key, own, groups = parts(value)
+        counted = seen.get(key)
+        if counted is None and not self.undo:
+            seen[key] = path
+        elif self.undo:
+            if counted is None or len(counted) <= len(self.undo):
+                return 0
+            seen[key] = self.undo
+        elif counted is None or counted == path[: len(counted)]:
+            return 0
+        else:
+            return self.take_back(value, counted, budget, depth)
+        size: float = own
+        if groups:
+            if depth > 0:
+                for members, n in groups:
+                    size += self.group(members, n, budget - 1, depth - 1)
+            elif not self.undo:
+                self.later.append((groups, budget - 1))
+        return size
+
+    def take_back(self, value: Any, counted: _Path, budget: float, depth: int) -> float:
+        common = _common(counted, self.path)
+        self.undo = common
+        size = self.visit(value, budget, depth)
+        self.undo = ()
+        self.fixed[len(common) - 1] += size
+        return -size
+
+    def leaf(self, key: int, member: Any, counted: _Path) -> float:
+        """The same as ``visit`` for a leaf that was met before."""
+        if self.undo:
+            if len(counted) <= len(self.undo):
+                return 0
+            self.seen[key] = self.undo
+            return getsizeof(member)
+        if counted == self.path[: len(counted)]:
+            return 0
+        self.seen[key] = common = _common(counted, self.path)
+        size = getsizeof(member)
+        self.fixed[len(common) - 1] += size
+        return -size
+
+    def group(self, members: Sequence[Any], n: int, budget: float, depth: int) -> float:
+        """The bytes of ``n`` members, of which ``members`` are at hand."""
+        seen, undo, path = self.seen, self.undo, self.path
+        m = len(members)
+        limit = int(4 * budget) + 16
+        if m > limit:
+            members = [members[int(f * m)] for f in islice(GOLDEN, limit)]
+            m = len(members)
+        self.spent += m / 16
+        weights: Iterable[float] = _ONES
+        items: Iterable[tuple[int, Any]]
+        if m <= _TINY and m == n:
+            items = zip(map(id, members), members)  # noqa: B905 one list
+        else:
+            distinct = dict(zip(map(id, members), members))  # noqa: B905 one list
+            items = distinct.items()
+            share = 1.0
+            if m < n:
+                found = _weights(distinct, members, n)
+                weights, share = (repeat(found), found) if isinstance(found, float) else (found, 0.0)
+            kinds = set(map(type, members))
+            if share and not undo and kinds <= leaves and seen.keys().isdisjoint(distinct):
+                seen.update(dict.fromkeys(distinct, path))
+                return _sum_leaves(distinct.values(), kinds) * share
+        size = 0.0
+        rest: list[tuple[Any, float]] = []
+        for (key, member), weight in zip(items, weights):  # noqa: B905 weights may have no end
+            kind = type(member)
+            if kind in leaves:
+                counted = seen.get(key)
+                if counted is None:
+                    if not undo:
+                        seen[key] = path
+                        size += getsizeof(member) * weight
+                elif counted is not _TOP and counted is not path:
+                    size += self.leaf(key, member, counted) * weight
+            elif weight == 1 and kind in flat:
+                size += self.visit(member, 1, depth)
+            else:
+                rest.append((member, weight))
+        if rest:
+            size += self.composites(rest, budget - m / 16, depth, m < n)
+        return size
+
+    def composites(self, members: list[tuple[Any, float]], budget: float, depth: int, sampled: bool) -> float:
+        """The bytes of members that hold others: of a sample, which is enlarged if one outweighs the rest."""
+        n = len(members)
+        if budget < 1:
+            return sum(parts(member)[1] * weight for member, weight in members[:4]) * n / min(n, 4)
+        k = min(n if n <= _FEW else _SAMPLE, max(1, int(budget) // 2))
+        order: Sequence[int] = range(n)
+        if k < n:
+            sampled = True
+            order = list(dict.fromkeys(int(f * n) for f in islice(GOLDEN, k)))
+            k = len(order)
+            order += sorted(set(range(n)).difference(order))
+            if not self.undo:  # what leads to another member adds nothing: that one has its own share
+                self.seen.update((id(m), ()) for m, _ in members if id(m) not in self.seen)
+        path = self.path
+        if sampled:
+            self.fixed.append(0.0)
+        size = largest = visited_weight = 0.0
+        visited = 0
+        for i in order:
+            if visited >= k and (budget < 1 or largest * visited <= 4 * size):
+                break
+            member, weight = members[i]
+            if sampled:
+                if self.seen.get(id(member)) == ():
+                    del self.seen[id(member)]
+                self.n_units += 1
+                self.path = (*path, self.n_units)
+            before, shared = self.spent, self.fixed[-1] if sampled else 0.0
+            part = self.visit(member, budget / max(k - visited, 1 if visited < k else 8), depth) * weight
+            budget -= self.spent - before
+            size += part
+            shared = self.fixed[-1] - shared if sampled else 0.0
+            if shared * 2 > largest:  # what stood out was no outlier: it is shared
+                largest = 0.0
+            largest = max(largest, part + shared)
+            visited += 1
+            visited_weight += weight
+        if sampled:
+            self.path = path
+            size = max(size, 0.0) * (sum(weight for _, weight in members) / visited_weight) + self.fixed.pop()
+        return size
+
+
+def _common(one: _Path, other: _Path) -> _Path:
+    n = 0
+    for a, b in zip(one, other):  # noqa: B905 of different lengths
+        if a != b:
+            break
+        n += 1
+    return one[:n] if n > 1 else _TOP
+
+
+def _sum_leaves(members: Iterable[Any], kinds: set[type]) -> int:
+    if len(kinds) == 1:  # three times as fast; leaves have no header of the garbage collector, which getsizeof would add
+        (kind,) = kinds
+        return sum(map(kind.__sizeof__, members))
+    return sum(map(getsizeof, members))
+
+
+def _references(distinct: dict[int, Any]) -> list[int]:
+    return list(map(_refcount or id, distinct.values()))
+
+
+def _own_references() -> int:
+    """What a walk adds to the reference count of a member that only its container holds."""
+    if _refcount is None:
+        return 0
+    container = (object(),)
+    sample = list(container)
+    return _references(dict(zip(map(id, sample), sample, strict=True)))[0] - len(container)
+
+
+_OWN_REFERENCES = _own_references()
+
+
+def _weights(distinct: dict[int, Any], members: Sequence[Any], n: int) -> float | list[float]:
+    """How many different objects each of the sampled ones stands for; one number where it is the same for all.
+
+    An object that occurs r times among the n is met r times as often, so its ``count * n / m`` occurrences stand for
+    ``count * n / m / r`` objects. Its reference count is an upper limit of r, as it counts references from elsewhere too: small
+    ones are not trusted, nor any if they foretell repetitions that the sample does not show.
+    """
+    m = len(members)
+    share = n / m
+    counts = Counter(map(id, members)) if len(distinct) < m else None
+    if _refcount is None:
+        return share if counts is None else [share if counts[key] == 1 else 1.0 for key in distinct]
+    references = [r - _OWN_REFERENCES for r in _references(distinct)]
+    if counts is None and (
+        max(references) <= _TRUSTED_REFERENCES or sum(min(r, n) - 1 for r in references) * m / n / 2 > 4
+    ):
+        return share
+    weights = []
+    for key, r in zip(distinct, references, strict=True):
+        count = 1 if counts is None else counts[key]
+        trusted = count > 1 or r > _TRUSTED_REFERENCES
+        weights.append(max(1.0, count * share / max(r, count)) if trusted else share)
+    return weights
+
+
+# The short ways: small containers of scalars, by far the most frequent, need none of the above.
+
+
+def _quick_members(value: Any) -> int:
+    if len(value) > ALL:
+        return -1
+    kinds = set(map(type, value))
+    if not kinds <= leaves:
+        return -1
+    if len(set(map(id, value))) < len(value):
+        return getsizeof(value) + _sum_leaves(dict(zip(map(id, value), value)).values(), kinds)  # noqa: B905 one list
+    return getsizeof(value) + _sum_leaves(value, kinds)
+
+
+def _quick_mapping(value: Any) -> int:
+    if len(value) > ALL // 2:
+        return -1
+    members = [*value, *value.values()]
+    size = _quick_members(members)
+    return size if size < 0 else size - getsizeof(members) + getsizeof(value)
+
+
+_size_plans.offer_quick({**dict.fromkeys((list, tuple, set, frozenset), _quick_members), dict: _quick_mapping})

@@ -1,0 +1,134 @@
+"""Iteration: in pages, beside whoever writes, and without a trace in the memory tier.
+
+The index is read a page at a time, each page in a short snapshot of its own, so that a paused iterator holds nothing up and
+a key that somebody deletes or adds meanwhile is simply seen or not seen. Keys that are unwritten and new are merged in by
+their place in insertion order. Values that are passed over are not admitted to memory; those that can be changed are
+watched while the caller holds them, so ``for v in c.values(): v.append(1)`` is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView, Iterator, KeysView, ValuesView
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from ._keeper import Keeper
+
+__all__ = ["Items", "Keys", "Values", "walk"]
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+PAGE = 1000  # keys read at a time
+BATCH = 64  # records read at a time: at 64 KiB each they are 4 MiB
+
+
+def walk(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, bytes | None]]:
+    """Keys in insertion order, with their name in the index if that is where they come from."""
+    with keeper.lock:
+        keeper._usable()
+        own = keeper._own_new(reverse)
+    at, after = 0, None
+
+    def before(seq: int) -> bool:
+        return at < len(own) and (own[at].seq > seq if reverse else own[at].seq < seq)
+
+    while True:
+        with keeper.lock:
+            keeper._usable()
+            page = keeper._store.index.page(after, PAGE, reverse=reverse)
+        for item in page:
+            while before(item.seq):
+                entry, at = own[at], at + 1
+                if entry.key in keeper:  # type: ignore[operator]  # it may have been deleted since
+                    yield entry.key, None
+            if at < len(own) and own[at].seq == item.seq:
+                at += 1  # it has been written since, and this is it
+            key = keeper._store.key(item)
+            if (keeper._tombs or keeper._dirty) and keeper._hidden(key):
+                continue
+            yield key, item.name
+        if len(page) < PAGE:
+            for entry in own[at:]:
+                if entry.key in keeper:  # type: ignore[operator]
+                    yield entry.key, None
+            return
+        after = page[-1].seq
+
+
+def walk_items(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, Any]]:
+    """Keys and values in insertion order; the records of a batch are read in one go."""
+    pairs = walk(keeper, reverse=reverse)
+    while batch := list(islice(pairs, BATCH)):
+        entries, lent, index = keeper._entries, keeper._lent, keeper._store.index
+        wanted = [n for k, n in batch if n is not None and k not in entries and k not in lent]
+        with keeper.lock:
+            keeper._usable()
+            records = dict(zip(wanted, index.get_many(wanted)[1], strict=True)) if wanted else {}
+        for key, name in batch:
+            record = None if name is None else records.pop(name, None)
+            with keeper.lock:
+                keeper._usable()
+                if record is None or name is None or key in entries or key in lent or key in keeper._tombs:
+                    try:
+                        value = keeper._peek(key)
+                    except KeyError:
+                        continue  # deleted since
+                else:
+                    loaded = keeper._store.decode_for(key, name, record)
+                    if loaded is None:
+                        continue
+                    value = keeper._lend(key, loaded)
+                    del loaded
+            yield key, value
+            del value
+
+
+class Keys(KeysView[K]):
+    """The keys of a chest, in insertion order."""
+
+    def __reversed__(self) -> Iterator[K]:
+        return reversed(self._mapping)  # type: ignore[call-overload, no-any-return]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._mapping!r})"
+
+
+class Items(ItemsView[K, V]):
+    """The items of a chest, in insertion order; reading them leaves the memory tier as it is."""
+
+    def __iter__(self) -> Iterator[tuple[K, V]]:
+        return walk_items(self._mapping)  # type: ignore[arg-type]
+
+    def __reversed__(self) -> Iterator[tuple[K, V]]:
+        return walk_items(self._mapping, reverse=True)  # type: ignore[arg-type]
+
+    def __contains__(self, item: object) -> bool:
+        if not isinstance(item, tuple) or len(item) != 2:
+            return False
+        key, value = item
+        try:
+            found = self._mapping._peek(key)  # type: ignore[attr-defined]
+        except KeyError:
+            return False
+        return found is value or bool(found == value)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._mapping!r})"
+
+
+class Values(ValuesView[V]):
+    """The values of a chest, in insertion order; reading them leaves the memory tier as it is."""
+
+    def __iter__(self) -> Iterator[V]:
+        return (value for _, value in walk_items(self._mapping))  # type: ignore[arg-type]
+
+    def __reversed__(self) -> Iterator[V]:
+        return (value for _, value in walk_items(self._mapping, reverse=True))  # type: ignore[arg-type]
+
+    def __contains__(self, value: object) -> bool:
+        return any(found is value or found == value for found in self)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._mapping!r})"

@@ -1,0 +1,175 @@
+"""The two interfaces behind a chest: a small, ordered, versioned *index*, and *blobs* that are written once.
+
+``core`` knows only these. The default is LMDB and files (``engines``); Redis and object stores fit behind them too, because
+the primitives are batches (one round trip each) and nothing here needs a lock that outlives a call. Optional powers are
+methods with a working default, never flags.
+
+Terms: ``key`` is the user's object, ``name`` its encoding (``bytes``, equal exactly for equal keys), ``seq`` the place of a
+key in insertion order, ``version`` the number of the commit that wrote a record.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+__all__ = ["Blobs", "Commit", "Index", "OrderItem", "Put", "Record"]
+
+
+class Record(NamedTuple):
+    """What the index holds for one key. ``kind`` and ``body`` are opaque to the index."""
+
+    version: int  # number of the commit that wrote it
+    seq: int  # place in insertion order
+    kind: int  # 0..255
+    body: bytes
+
+
+class Put(NamedTuple):
+    """One record to be written.
+
+    If the key is in the index already, its ``seq`` and ``typed`` are kept, unless ``fresh`` says that it was deleted in
+    between and thus moves to the place ``seq``.
+    """
+
+    name: bytes  # 1 to 511 bytes
+    seq: int
+    kind: int
+    body: bytes
+    typed: bytes = b""  # what gives the key back where its name does not
+    fresh: bool = False
+
+
+class OrderItem(NamedTuple):
+    """One key in insertion order."""
+
+    seq: int
+    name: bytes
+    typed: bytes
+
+
+class Commit(NamedTuple):
+    """What a commit did.
+
+    ``before`` is the version of the index that it built upon: if that is not the newest version that the caller knew,
+    somebody else has written in between.
+    """
+
+    version: int
+    before: int
+
+
+class Index(ABC):
+    """Encoded key -> record, in insertion order, with atomic and durable commits.
+
+    Any number of threads and processes may use one at the same time. A record or note that fails its checksum raises
+    ``CorruptError``; nothing here ever answers damage by "absent".
+
+    Attributes:
+        generation: one unsigned 64-bit item that differs from ``version`` of every earlier snapshot as soon as somebody
+            has committed. It may run ahead of the commit by an instant, never behind it.
+    """
+
+    generation: memoryview
+
+    @abstractmethod
+    def get(self, name: bytes) -> Record | None:
+        """The newest record of a key, None where there is none. The hot path of a cold read."""
+
+    @abstractmethod
+    def get_many(self, names: Sequence[bytes]) -> tuple[int, list[Record | None]]:
+        """The version of one snapshot, and the records in it, in the order of ``names``."""
+
+    @abstractmethod
+    def commit(
+        self,
+        puts: Sequence[Put] = (),
+        deletes: Sequence[bytes] = (),
+        *,
+        notes: Callable[[dict[bytes, Record]], Sequence[bytes]] | None = None,
+        meta: dict[bytes, bytes] | None = None,
+    ) -> Commit:
+        """Write all of it or nothing; durable on return where the index is. Names are distinct (across puts and deletes).
+
+        Deleting an absent name is no error. ``notes`` is called inside the commit with those records, by name, that are
+        overwritten or deleted and whose ``kind`` is not 0 (nothing outside of the index belongs to kind 0); what it returns
+        is part of the commit and kept until ``settle`` has dealt with it. It must be quick, and may be called again.
+        """
+
+    @abstractmethod
+    def settle(self, finish: Callable[[bytes, Callable[[bytes], Record | None]], bool]) -> tuple[Commit | None, int]:
+        """Call ``finish(note, get)`` for every note, oldest first, while no one else can commit; forget those it returns True for.
+
+        ``get`` reads the current record of a name. Returns the commit that forgot them (None if there was nothing to
+        forget) and the number of notes left.
+        """
+
+    @abstractmethod
+    def notes(self) -> list[bytes]:
+        """The notes that have not been dealt with, oldest first."""
+
+    @abstractmethod
+    def page(self, after: int | None = None, limit: int = 1000, *, reverse: bool = False) -> list[OrderItem]:
+        """Up to ``limit`` keys in insertion order, beyond ``after`` (None: from the beginning, or the end if ``reverse``).
+
+        Each page is a snapshot of its own, so a paused iteration holds nothing up.
+        """
+
+    @abstractmethod
+    def names(self, prefix: bytes) -> list[bytes]:
+        """All names with this prefix, sorted. For the few keys that are kept in memory."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def version(self) -> int:
+        """The version of the newest commit."""
+
+    @abstractmethod
+    def last_seq(self) -> int:
+        """The greatest place in use, 0 where the index is empty."""
+
+    @abstractmethod
+    def meta(self, name: bytes) -> bytes | None:
+        """A setting of the chest."""
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that the index takes where it is stored."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of everything; a second call does nothing."""
+
+
+class Blobs(ABC):
+    """Immutable values, written once under a fresh random name, so that no cache of them is ever stale."""
+
+    @abstractmethod
+    def write(self, dump: Callable[[Any], Any]) -> tuple[str, int]:
+        """Let ``dump(file)`` write a new blob; its name and its size in bytes. Durable after the next ``sync``.
+
+        If ``dump`` raises, nothing remains.
+        """
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Everything written is durable on return. One call for a batch."""
+
+    @abstractmethod
+    def read(self, name: str, label: str) -> memoryview:
+        """The bytes of a blob, writable and private to the caller where that is free of cost (copy-on-write mapping).
+
+        Raises:
+            FileNotFoundError: there is no such blob.
+        """
+
+    @abstractmethod
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove blobs; what is not there is no error."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of everything; a second call does nothing."""

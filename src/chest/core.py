@@ -1,0 +1,581 @@
+"""Chest: a dictionary that spills to disk.
+
+The public face. How values move between memory and disk stands in ``_keeper``, what is on disk in ``_store``.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Hashable, ItemsView, Iterable, Iterator, KeysView, Mapping, MutableMapping, ValuesView
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import MappingProxyType, TracebackType
+from typing import Any, Generic, NamedTuple, TypeVar, cast, overload
+
+from . import _fs, _lifetime, _views
+from ._keeper import Keeper
+from ._keys import key_to_filename
+from ._opening import open_folder
+from ._sizing import nbytes, parse_memory
+from ._store import BLOB, Item
+from .errors import ChestError
+from .serializers import resolve
+
+__all__ = ["Chest", "Stats", "key_to_filename", "nbytes"]
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+_MISSING: Any = object()
+
+
+class Stats(NamedTuple):
+    """Counts since the chest was opened, and sizes now, in bytes."""
+
+    keys: int
+    in_memory: int
+    memory_bytes: int
+    disk_bytes: int
+    hits: int
+    misses: int
+    spills: int
+    writes: int
+
+
+@contextmanager
+def _open_many(filenames: Iterable[str], mode: str = "rb") -> Iterator[list[Any]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(builtins.open(name, mode)) for name in filenames]
+
+
+class Chest(Keeper, MutableMapping[K, V], Generic[K, V]):
+    """A dictionary that keeps what fits in memory and the rest in a folder, and finds everything again next time.
+
+    All of ``dict``'s interface holds: insertion order, any hashable key, values changed in place. Any number of threads may
+    use one chest, and any number of chests one folder.
+
+    Durability: a value is written when it leaves memory, at ``flush``, ``sync`` and ``close``, and at the interpreter's exit.
+    When one of these returns, what it wrote survives ``kill -9`` and a power cut. A chest without a path is scratch: never
+    synced, and gone when it is closed, collected, or its process has died.
+
+    Cost: a hit is a dictionary look-up; a miss reads the index, and maps a file if the value is large.
+
+    Args:
+        data: what it holds at the start: a mapping or pairs.
+        path: its folder, created if need be; None for scratch.
+        available_memory: bytes that values may hold in memory: a number, ``"500 MB"``, ``"2 GiB"``, or ``"25%"`` of the
+            machine's (or the cgroup's) memory. 1 GB if None; 0 keeps nothing.
+        dump, load: a pair like ``pickle.dump`` and ``pickle.load``.
+        key_to_filename: the name of a key's file, below the folder; every value becomes a file then.
+        on_miss, on_overflow: called with the key when a value is read from disk, or has to leave memory unwritten.
+        open, open_many: like ``builtins.open`` (``gzip.open``, for instance), and the same for many files; every value
+            becomes a file then.
+        mode: ``"b"`` or ``"t"``: whether ``dump`` writes bytes or text. Text in a binary file is encoded as UTF-8.
+        serializer: instead of ``dump`` and ``load``: a name (``"pickle"``, ``"json"``, ``"cloudpickle"``, ``"dill"``,
+            ``"joblib"``, ``"marshal"``), or anything that has both. The chest remembers it.
+        loose: up to this number of keys small values also have a readable file of their own; None: every value is a file.
+        verify: ``"auto"`` checks everything but the inside of buffers above 1 MiB when a value is loaded, ``"always"`` that
+            too, which reads all of them.
+        network: accept a network file system, where the index is damaged sooner or later.
+
+    Raises:
+        PathError, NetworkPathError, SerializerMismatchError, FormatError, CorruptError: the folder cannot be used.
+        ValueError, TypeError: nonsense in an argument.
+    """
+
+    _closed = True  # until __init__ is through
+
+    def __init__(
+        self,
+        data: Mapping[K, V] | Iterable[tuple[K, V]] | None = None,
+        path: str | os.PathLike[str] | None = None,
+        available_memory: float | str | None = None,
+        dump: Callable[[Any, Any], Any] | None = None,
+        load: Callable[[Any], Any] | None = None,
+        key_to_filename: Callable[[Any], str] | None = None,
+        on_miss: Callable[[Any], Any] | None = None,
+        on_overflow: Callable[[Any], Any] | None = None,
+        open: Callable[..., Any] | None = None,
+        open_many: Callable[..., AbstractContextManager[list[Any]]] | None = None,
+        mode: str = "b",
+        *,
+        serializer: Any = None,
+        loose: int | None = 100,
+        verify: str = "auto",
+        network: bool = False,
+    ) -> None:
+        limit = parse_memory(available_memory)
+        codec = resolve(serializer, dump, load, mode)
+        if verify not in ("auto", "always"):
+            raise ValueError(f"verify is {verify!r}: choose 'auto' or 'always'")
+        if loose is not None and (isinstance(loose, bool) or not isinstance(loose, int) or loose < 0):
+            raise ValueError(f"loose is {loose!r}: give a number of keys, or None for a file for every value")
+        if open is builtins.open:
+            open = None
+        _lifetime.close_those_left()
+        self._scratch = path is None
+        self.path: str = _fs.make_scratch() if path is None else os.path.abspath(os.fspath(path))
+        self._given = {"key_to_filename": key_to_filename, "open": open, "open_many": open_many, "loose": loose}
+        try:
+            store = open_folder(
+                self.path,
+                codec,
+                scratch=self._scratch,
+                label=key_to_filename,
+                opener=open,
+                loose=loose,
+                verify=verify == "always",
+                network=network,
+            )
+        except BaseException:
+            if self._scratch:
+                _fs.remove_scratch(self.path)
+            raise
+        super().__init__(store, limit)
+        self._on_miss = on_miss
+        self._on_overflow = on_overflow
+        self.open: Callable[..., Any] = open or builtins.open
+        self.open_many: Callable[..., AbstractContextManager[list[Any]]] = open_many or _open_many
+        self.mode = mode
+        _lifetime.remember(self)
+        if data is not None:
+            self.update(data)
+
+    # --- the dictionary
+
+    def __getitem__(self, key: K) -> V:
+        try:
+            entry = self._entries[key]
+        except KeyError:
+            return cast(V, self._miss(key))
+        if self._generation[0] == self._seen and entry.epoch == self._epoch:
+            entry.hot = True
+            self._hits += 1
+            return cast(V, entry.value)
+        return cast(V, self._hit_after_change(key, entry))
+
+    def __setitem__(self, key: K, value: V) -> None:
+        with self.lock:
+            self._set(key, value)
+
+    def __delitem__(self, key: K) -> None:
+        with self.lock:
+            self._delete(key)
+
+    def __contains__(self, key: object) -> bool:
+        with self.lock:
+            self._usable()
+            if self._in_memory(key) is not None:
+                return True
+            if key in self._tombs:
+                return False
+            name = self._store.name(key)
+            return name is not None and self._store.index.get(name) is not None
+
+    def __len__(self) -> int:
+        """The number of keys. O(1), plus a look at each key set since the last time."""
+        with self.lock:
+            return self._length()
+
+    def __iter__(self) -> Iterator[K]:
+        """Keys in insertion order, a thousand at a time; others may write meanwhile."""
+        return (key for key, _ in _views.walk(self))
+
+    def __reversed__(self) -> Iterator[K]:
+        return (key for key, _ in _views.walk(self, reverse=True))
+
+    def keys(self) -> KeysView[K]:
+        return _views.Keys(self)
+
+    def items(self) -> ItemsView[K, V]:
+        return _views.Items(self)
+
+    def values(self) -> ValuesView[V]:
+        return _views.Values(self)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal to any mapping with the same keys and values, in whatever order."""
+        if self is other:
+            return True
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        if len(self) != len(other):
+            return False
+        for key, value in self.items():
+            try:
+                theirs = other._peek(key) if isinstance(other, Chest) else other[key]
+            except KeyError:
+                return False
+            if not (theirs is value or theirs == value):
+                return False
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def pop(self, key: K, default: Any = _MISSING) -> Any:
+        """Remove a key and return its value, or the default where there is none."""
+        with self.lock:
+            try:
+                value = self._peek(key)
+            except KeyError:
+                if default is _MISSING:
+                    raise
+                return default
+            self._delete(key)
+            return value
+
+    def popitem(self) -> tuple[K, V]:
+        """Remove the key that was inserted last, and return it with its value."""
+        with self.lock:
+            for key in reversed(self):
+                return key, self.pop(key)
+        raise KeyError("popitem(): the chest is empty")
+
+    def setdefault(self, key: K, default: Any = None) -> Any:
+        with self.lock:
+            try:
+                return self[key]
+            except KeyError:
+                self._set(key, default)
+                return default
+
+    def clear(self) -> None:
+        """Remove every key; written at once."""
+        with self.lock:
+            self._writable()
+            for place in (self._dirty, self._unsure, self._tombs, self._lent, self._pinned):
+                place.clear()
+            self._tier.clear()
+            self._n_new = 0
+            while items := self._store.index.page(None, 10_000):
+                written = self._store.write([], [(self._store.key(item), item.name) for item in items])
+                self._take_commits()
+                if written.error is not None:
+                    raise written.error
+
+    @overload
+    def update(self, *args: Any, overwrite: bool = ...) -> None: ...
+    @overload
+    def update(self, *args: Any, **kwargs: Any) -> None: ...
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Set the keys of a mapping, of an object with ``keys()``, of pairs, or of another chest, and keyword arguments.
+
+        From a chest with the same serializer whose folder lies on the same file system, large values are hard-linked, not
+        copied. ``overwrite=False`` (the second argument, or by name) leaves the keys alone that are there already.
+        """
+        if len(args) > 2:
+            raise TypeError(f"update expected at most 2 arguments, got {len(args)}")
+        overwrite = args[1] if len(args) == 2 else kwargs.pop("overwrite", True)
+        other = args[0] if args else ()
+        if isinstance(other, Chest) and other is not self and self._links(other):
+            self._adopt(other, overwrite)
+        elif other is not self:
+            if isinstance(other, (Mapping, Chest)):
+                pairs: Iterable[tuple[Any, Any]] = other.items()
+            elif hasattr(other, "keys"):
+                pairs = ((key, other[key]) for key in other.keys())  # noqa: SIM118 - it need not be a mapping
+            else:
+                pairs = other
+            for key, value in pairs:
+                if overwrite or key not in self:
+                    self[key] = value
+        for name, value in kwargs.items():
+            if overwrite or name not in self:
+                self[cast(K, name)] = value
+
+    def copy(self) -> Chest[K, V]:
+        """A scratch chest with the same content and settings; large values are hard-linked where that is possible."""
+        twin = self._twin()
+        twin.update(self)
+        return twin
+
+    def _twin(self) -> Chest[K, V]:
+        """An empty scratch chest with the same settings."""
+        codec = self._store.codec
+        pair = {} if codec.native else {"dump": codec.dump, "load": codec.load}
+        return type(self)(available_memory=self.available_memory, mode=self.mode, **pair, **self._given)
+
+    __copy__ = copy
+
+    @classmethod
+    def fromkeys(cls, keys: Iterable[K], value: Any = None) -> Chest[K, Any]:
+        """A scratch chest with these keys, each with the same value."""
+        chest = cls()
+        for key in keys:
+            chest[key] = value
+        return chest
+
+    def __or__(self, other: Any) -> Chest[K, V]:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        both = self.copy()
+        both.update(other)
+        return both
+
+    def __ror__(self, other: Any) -> Chest[K, V]:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        both = self._twin()
+        both.update(other)
+        both.update(self)
+        return both
+
+    def __ior__(self, other: Any) -> Chest[K, V]:
+        self.update(other)
+        return self
+
+    # --- memory and disk
+
+    @property
+    def available_memory(self) -> int:
+        """Bytes that values may hold in memory; can be set, to whatever the argument takes."""
+        return self._tier.limit
+
+    @available_memory.setter
+    def available_memory(self, limit: float | str | None) -> None:
+        with self.lock:
+            self._tier.limit = parse_memory(limit)
+            self._raise(self._shrink())
+
+    @property
+    def memory_usage(self) -> int:
+        """Bytes that values hold in memory, with their bookkeeping."""
+        return self._tier.usage
+
+    @property
+    def inmem(self) -> Mapping[K, V]:
+        """The values that are in memory now, to be read."""
+        with self.lock:
+            return MappingProxyType({key: self._handed(entry) for key, entry in self._entries.items()})
+
+    @staticmethod
+    def _handed(entry: Any) -> Any:
+        entry.lent = True
+        return entry.value
+
+    @property
+    def dump(self) -> Callable[[Any, Any], Any]:
+        return self._store.codec.dump
+
+    @property
+    def load(self) -> Callable[[Any], Any]:
+        return self._store.codec.load
+
+    def _raise(self, error: ChestError | None) -> None:
+        if error is not None:
+            raise error
+
+    def flush(self) -> None:
+        """Write everything and empty memory. On return all that was set would survive a power cut.
+
+        Raises:
+            SerializeError, WriteError: values that could not be written, by key; they stay in memory, all others are written.
+            DiskFullError, FailedError: nothing more could be written.
+        """
+        with self.lock:
+            try:
+                self.sync()
+            finally:
+                self._empty()
+
+    def sync(self) -> None:
+        """Write everything and keep it in memory. Durable on return; raises what ``flush`` raises."""
+        with self.lock:
+            self._tier.retry()
+            self._sync()
+
+    def shrink(self) -> None:
+        """Let values leave memory until what remains fits into ``available_memory``."""
+        with self.lock:
+            self._writable()
+            self._raise(self._shrink())
+
+    def move_to_disk(self, key: K) -> None:
+        """Let one value leave memory. Raises KeyError if it is not in memory, or why it could not be written."""
+        with self.lock:
+            self._writable()
+            entry = self._entries[key]
+            self._tier.retry()
+            self._raise(self._evict([entry]))
+            if key in self._entries:
+                self._sync()  # says why
+
+    def get_from_disk(self, key: K) -> None:
+        """Bring one value into memory. Raises KeyError."""
+        self.prefetch([key])
+
+    def prefetch(self, keys: Any) -> None:
+        """Bring values into memory, as far as they fit: of one key, or of a list (or set, view, generator) of keys."""
+        if isinstance(keys, (str, bytes, tuple)) or not isinstance(keys, Iterable):
+            keys = [keys]
+        with self.lock:
+            self._usable()
+            for key in keys:
+                if self._in_memory(key) is not None:
+                    continue
+                loaded = self._load(key)
+                if loaded is None:
+                    raise KeyError(key)
+                self._misses += 1
+                self._admit(key, loaded, lent=False)
+
+    def key_to_filename(self, key: K) -> str:
+        """The path of a file with the key's value as it was last written; made now if the value lies in the index.
+
+        For a key that is not there (yet), the path that it would have. Plain ``pickle.load`` reads it, or the ``load`` that
+        belongs to the chest's serializer. Unwritten changes are written first.
+        """
+        with self.lock:
+            self._usable()
+            entry = self._in_memory(key)
+            if entry is not None and self._find_change(entry):
+                failed: dict[Any, ChestError] = {}
+                self._raise(self._write([entry], failed))
+                self._raise(failed.get(entry.key))
+            name = self._store.name(key, create=True)
+            assert name is not None
+            path = None if key in self._tombs else self._store.file_of(key, name)
+            self._take_commits()
+            return path or os.path.join(self.path, *self._store.label(key, name).split("/"))
+
+    def write_keys(self) -> None:
+        """As ``sync``: keys and values are written together."""
+        self.sync()
+
+    def stats(self) -> Stats:
+        """Counts and sizes. Costs a walk through the folder."""
+        with self.lock:
+            return Stats(
+                len(self),
+                len(self._entries),
+                self.memory_usage,
+                _fs.folder_bytes(self.path),
+                self._hits,
+                self._misses,
+                self._spills,
+                self._writes,
+            )
+
+    def __str__(self) -> str:
+        return f"<{type(self).__name__} at {self.path}>"
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return f"<{type(self).__name__} at {self.path}: closed>"
+        try:
+            s = self.stats()
+        except ChestError as error:
+            return f"<{type(self).__name__} at {self.path}: {error}>"
+        keys = f"{s.keys:,} key{'' if s.keys == 1 else 's'}"
+        return f"<{type(self).__name__} at {self.path}: {keys}, {_size(s.memory_bytes)} in memory, {_size(s.disk_bytes)} on disk>"
+
+    # --- another chest
+
+    def _links(self, other: Chest[Any, Any]) -> bool:
+        """Whether records of the other chest can be taken as they are."""
+        mine, theirs = self._store, other._store
+        plain = self._given["open"] is None and other._given["open"] is None
+        return plain and mine.codec.name == theirs.codec.name and mine.codec.text == theirs.codec.text
+
+    def _adopt(self, other: Chest[Any, Any], overwrite: bool) -> None:
+        other.sync()
+        after = None
+        while page := other._store.index.page(after):
+            after = page[-1].seq
+            with self.lock:
+                self._writable()
+                self._sync()
+                items = []
+                records = other._store.index.get_many([item.name for item in page])[1]
+                for item, record in zip(page, records, strict=True):
+                    key = other._store.key(item)
+                    if record is None or (not overwrite and key in self):
+                        continue
+                    entry = self._in_memory(key)
+                    if entry is not None:
+                        self._forget(entry)
+                    items.append(Item(key, None, 0, self._next_seq, raw=(record, other._store.path_of(record))))
+                    self._next_seq += 1
+                written = self._store.write(items)
+                self._take_commits()
+                self._raise(written.error)
+                for error in written.failed.values():
+                    raise error
+
+    # --- lifetime
+
+    def close(self) -> None:
+        """Write everything and let go of the folder; a scratch folder is removed. A second call does nothing.
+
+        If values cannot be written, this raises as ``flush`` does and the chest stays open: nothing is lost.
+        """
+        with self.lock if not self._closed else ExitStack():
+            if self._closed:
+                return
+            if not self._scratch and self._failed is None:
+                self.sync()
+            self._end()
+        if self._scratch:
+            _fs.remove_scratch(self.path)
+
+    def _end(self) -> None:
+        """Let go of everything, written or not."""
+        self._closed = True
+        for place in (self._dirty, self._unsure, self._tombs, self._lent, self._pinned):
+            place.clear()
+        self._tier.clear()
+        self._generation = memoryview(bytes(8)).cast("Q")
+        self._store.close()
+        _lifetime.forget(self)
+
+    def drop(self) -> None:
+        """Remove the chest from the disk for good, and close it. Files that are not its own stay."""
+        with self.lock:
+            self._usable()
+            if not self._scratch:
+                for label in self._store.labels():
+                    self._store.blobs.unlink(label)
+            self._end()
+        if self._scratch:
+            _fs.remove_scratch(self.path)
+        else:
+            shutil.rmtree(os.path.join(self.path, ".keys"), ignore_errors=True)
+            try:
+                os.rmdir(self.path)
+            except OSError:
+                return  # it holds something else too
+
+    def __enter__(self) -> Chest[K, V]:
+        self._usable()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if self._closed:
+            return
+        if not self._scratch and (self._dirty or self._tombs) and not sys.is_finalizing():
+            warnings.warn(f"{self} was not closed: its values are written now", ResourceWarning, stacklevel=2, source=self)
+        if self._store.index.busy():
+            _lifetime.close_later(self)
+        else:
+            self.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{self} cannot be pickled: send its path, and open it there with Chest(path=...)")
+
+
+def _size(n: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "bytes" or n >= 100 else f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+

@@ -1,0 +1,125 @@
+"""A look at ``data.mdb`` before LMDB maps it: what lies beyond its end would be a SIGBUS, which nobody can catch.
+
+A healthy file may be shorter than its meta pages say: LMDB does not write pages that the transaction that allocated them has
+freed again. Those stand in the list of free pages, a B-tree of its own, whose nodes are read here only if the file is short.
+
+    page    pgno u64 | pad u16 | flags u16 | lower u16 | upper u16 | offsets of the nodes, u16 each
+    node    lo u16 | hi u16 | flags u16 | key size u16 | key | data        lo + hi: size of the data
+    branch  the same, lo + hi + flags: the child's pgno
+    meta    magic u32 | version u32 | address u64 | map size u64 | two trees, 48 bytes each | last pgno u64 | txn u64
+    tree    pad u32 (of the first one: the page size) | flags u16 | depth u16 | four counts u64 | root pgno u64
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import sys
+from typing import BinaryIO
+
+from ..errors import CorruptError
+
+__all__ = ["refuse_damaged"]
+
+_HEAD = 16
+_MAGIC = 0xBEEFC0DE
+_BRANCH, _LEAF, _OVERFLOW, _META = 1, 2, 4, 8
+_BIG = 1
+_NO_ROOT = 2**64 - 1
+
+
+def refuse_damaged(folder: str) -> bool:
+    """Whether there is no index in a folder yet. Never to be called while this process has it open.
+
+    Raises:
+        CorruptError: it is not safe to map it, or it is lost.
+    """
+    data = os.path.join(folder, "data.mdb")
+    for name in ("data.mdb", "lock.mdb", "generation"):
+        path = os.path.join(folder, name)
+        try:
+            mode = os.lstat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if not stat.S_ISREG(mode):
+            raise CorruptError(f"{path} is no regular file: remove it, or put it back from a backup.", path=path)
+    try:
+        with open(data, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size and not _is_whole(file, size):
+                raise CorruptError(
+                    f"{data} is no index of a chest, or has lost its end. Put the folder back from a backup; the value "
+                    "files beside it are unharmed.",
+                    path=data,
+                )
+            return not size
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    if os.path.lexists(os.path.join(folder, "generation")):  # made after data.mdb
+        raise CorruptError(
+            f"{data} is gone. Put it back from a backup; or remove {folder} to begin anew, the value files will stay.",
+            path=data,
+        )
+    return True
+
+
+def _is_whole(file: BinaryIO, size: int) -> bool:
+    if sys.maxsize < 2**32:
+        return True  # other widths
+    first = file.read(_HEAD + 136)
+    if len(first) < _HEAD + 136:
+        return False
+    page_size = struct.unpack_from("=I", first, _HEAD + 24)[0]
+    if not 256 <= page_size <= 65_536 or page_size & (page_size - 1) or size < 2 * page_size:
+        return False
+    file.seek(page_size)
+    metas = [first, file.read(_HEAD + 136)]
+    if any(struct.unpack_from("=H", m, 10)[0] & _META == 0 for m in metas):
+        return False
+    if any(struct.unpack_from("=II", m, _HEAD) != (_MAGIC, 1) for m in metas):
+        return False
+    meta = max(metas, key=lambda m: int(struct.unpack_from("=Q", m, _HEAD + 128)[0]))
+    root, last = (int(struct.unpack_from("=Q", meta, _HEAD + at)[0]) for at in (64, 120))
+    n_pages = size // page_size
+    if n_pages > last:
+        return True
+    missing = last + 1 - n_pages
+    try:
+        return root != _NO_ROOT and _n_free_beyond(file, page_size, n_pages, last, root) == missing
+    except (struct.error, IndexError, ValueError, RecursionError):
+        return False
+
+
+def _n_free_beyond(file: BinaryIO, page_size: int, n_pages: int, last: int, root: int) -> int:
+    """How many of the pages that the file lacks are free."""
+    free: set[int] = set()
+    todo = [(root, 0)]
+    while todo:
+        number, depth = todo.pop()
+        page = _page(file, page_size, n_pages, number, 1)
+        flags, lower = struct.unpack_from("=HH", page, 10)
+        if depth > 64 or not flags & (_BRANCH | _LEAF):
+            raise ValueError
+        for (at,) in struct.iter_unpack("=H", page[_HEAD:lower]):
+            low, high, node_flags, key_size = struct.unpack_from("=HHHH", page, at)
+            start = at + 8 + key_size
+            if flags & _BRANCH:
+                todo.append((low | high << 16 | node_flags << 32, depth + 1))
+                continue
+            length = low | high << 16
+            if node_flags & _BIG:
+                first = struct.unpack_from("=Q", page, start)[0]
+                ids = _page(file, page_size, n_pages, first, -(-(length + _HEAD) // page_size))[_HEAD : _HEAD + length]
+            else:
+                ids = page[start : start + length]
+            count = struct.unpack_from("=Q", ids)[0]
+            free.update(n for n in struct.unpack_from(f"={count}Q", ids, 8) if n_pages <= n <= last)
+    return len(free)
+
+
+def _page(file: BinaryIO, page_size: int, n_pages: int, number: int, count: int) -> bytes:
+    if number + count > n_pages:
+        raise ValueError
+    file.seek(number * page_size)
+    return file.read(count * page_size)

@@ -1,0 +1,495 @@
+"""LMDB environments: one per folder and process, whoever uses it, with the rules that LMDB leaves to its callers.
+
+- A second environment on one folder in one process destroys the locks of the first. So they are kept here, counted, under
+  device and inode of ``data.mdb`` (a path may be renamed or linked), and none is closed while another chest uses it.
+- Nobody opens ``data.mdb`` or ``lock.mdb`` by hand while the environment is open: closing such a descriptor drops the locks.
+  What is to be read in them is read before.
+- The map must not be resized under a transaction of this process. So each transaction runs inside of a gate, which costs it
+  0.1 us and no lock: the threads inside are written down in a list, whose ``append`` and ``remove`` are atomic.
+- A transaction is begun, used and ended in one function call, and nothing in between waits for a user's code.
+- After a failed write the kernel has dropped the pages and the next sync would succeed: the environment is failed then, and
+  takes no more commits. It can still be read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import stat
+import sys
+import threading
+import time
+from _thread import get_ident
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import lmdb
+
+from .. import _fs
+from ..errors import ChestError, CorruptError, DiskFullError, FailedError, PathError
+from ._datafile import refuse_damaged
+
+__all__ = ["ENVIRONMENTS", "GATE", "Environment", "Environments", "Gate"]
+
+T = TypeVar("T")
+
+# Costs address space only: the file grows as it is used. Windows would allocate it.
+MAP_SIZE = 64 << 20 if os.name == "nt" else 256 << 30 if sys.maxsize > 2**32 else 256 << 20
+SMALLEST_MAP = 64 << 20
+N_READERS = 1024
+_LOCK_BYTES = 69_632  # of lock.mdb: room for that many readers
+_TRIES = 200
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Gate:
+    """Lets any number of threads in, or one thread alone.
+
+    Whoever enters does so with these lines, in this order; an interrupt cannot come between ``try`` and ``append``:
+
+        try:
+            gate.inside.append(ident)
+            if gate.shut:
+                gate.wait(ident)
+            ...
+        finally:
+            gate.inside.remove(ident)
+    """
+
+    def __init__(self) -> None:
+        self.inside: list[int] = []
+        self.shut = False
+        self._door = threading.Lock()
+
+    def wait(self, ident: int) -> None:
+        """Step outside until the gate is open again. Not if this thread was inside before: it is being waited for."""
+        while self.shut and self.inside.count(ident) == 1:
+            self.inside.remove(ident)
+            try:
+                with self._door:
+                    pass
+            finally:
+                self.inside.append(ident)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other thread is inside, and none of this one's own transactions."""
+        if get_ident() in self.inside:
+            raise RuntimeError("this thread is in the middle of a transaction (a signal handler or finalizer, perhaps)")
+        with self._door:
+            self.shut = True
+            try:
+                while self.inside:
+                    time.sleep(50e-6)
+                yield
+            finally:
+                self.shut = False
+
+
+GATE = Gate()
+
+
+class Environment:
+    """One open LMDB environment, shared by all indexes of this process on its folder.
+
+    Attributes:
+        begin: begins a transaction, inside of the gate only.
+        index, order, pending, meta: its databases.
+        generation: see ``Index``.
+        map_size: bytes.
+        failed: why it takes no more commits, or None.
+    """
+
+    begin: Callable[..., Any]
+    index: Any
+    order: Any
+    pending: Any
+    meta: Any
+
+    def __init__(self, folder: str, *, sync: bool, map_size: int | None) -> None:
+        self.folder = folder
+        self.sync = sync
+        self.map_size = map_size or MAP_SIZE
+        self.failed: str | None = None
+        self.n_users = 1
+        self._writer = threading.Lock()  # the threads of this process queue here, not inside of the gate
+        self._writing = 0  # the thread that holds it
+        self._attach()
+        try:
+            self.data = os.path.join(folder, "data.mdb")
+            self.generation = self._map_generation()
+            self.files = {name: _identity(os.path.join(folder, name)) for name in _FILES}
+        except BaseException:
+            self._env.close()
+            raise
+
+    # --- opening
+
+    def _attach(self) -> None:
+        while True:
+            try:
+                env = lmdb.open(
+                    self.folder,
+                    map_size=self.map_size,
+                    max_dbs=8,
+                    max_readers=N_READERS,
+                    max_spare_txns=0,
+                    mode=0o600,
+                    sync=self.sync,
+                    metasync=True,
+                    writemap=False,
+                    create=False,
+                    lib_version=0,
+                )
+                break
+            except lmdb.MapResizedError:
+                continue  # somebody else has made it larger between LMDB's two looks at it
+            except (lmdb.MemoryError, MemoryError):  # RLIMIT_AS
+                if self.map_size <= SMALLEST_MAP:
+                    raise
+                self.map_size = max(SMALLEST_MAP, self.map_size // 4)
+        try:
+            self.map_size = env.info()["map_size"]
+            env.reader_check()
+            if env.stat()["entries"] < len(_DATABASES):
+                with env.begin(write=True) as txn:
+                    for name in _DATABASES:
+                        env.open_db(name.encode(), txn=txn)
+            for name in _DATABASES:
+                setattr(self, name, env.open_db(name.encode(), create=False))
+        except BaseException:
+            env.close()
+            raise
+        self._env = env
+        self.begin = env.begin
+
+    def _map_generation(self) -> memoryview:
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+        fd = os.open(os.path.join(self.folder, "generation"), flags, 0o600)
+        try:
+            if os.fstat(fd).st_size < 8:  # written, not stretched: a hole could not be filled on a full disk (SIGBUS)
+                os.write(fd, bytes(8))
+            view = memoryview(mmap.mmap(fd, 8)).cast("Q")
+        finally:
+            os.close(fd)
+        if view[0] != self._env.info()["last_txnid"]:
+            # Somebody is committing, or died doing so. Readers of a generation that is ahead would check each time.
+            with self._env.begin(write=True) as txn:
+                view[0] = txn.id() - 1
+                txn.abort()
+        return view
+
+    # --- transactions
+
+    def read(self, work: Callable[[Any], T]) -> T:
+        """What ``work`` returns, which is given a read transaction and may be called again."""
+        inside, ident = GATE.inside, get_ident()
+        for attempt in range(_TRIES):
+            seen = self.map_size
+            try:
+                inside.append(ident)
+                if GATE.shut:
+                    GATE.wait(ident)
+                txn = self.begin()
+                try:
+                    return work(txn)
+                finally:
+                    txn.abort()
+            except (lmdb.MapResizedError, lmdb.ReadersFullError, lmdb.PanicError) as error:
+                problem = error
+            except lmdb.Error as error:
+                raise self.translated(error) from error
+            finally:
+                inside.remove(ident)
+            self._recover(problem, seen, attempt)
+        raise ChestError(f"more than {N_READERS} readers at a time in {self.folder}", path=self.folder) from problem
+
+    def write(self, folder: str, work: Callable[[Any], tuple[T, bool]]) -> T:
+        """What ``work`` returns, which is given a write transaction and says whether it wrote; it may be called again.
+
+        Args:
+            folder: the path by which the caller knows it.
+        """
+        inside, ident = GATE.inside, get_ident()
+        if self._writing == ident:
+            raise RuntimeError("this thread is in the middle of a commit (a signal handler or finalizer, perhaps)")
+        with self._writer:
+            try:
+                self._writing = ident
+                for attempt in range(_TRIES):
+                    if self.failed is not None:
+                        raise FailedError(self.failed, path=folder)
+                    seen = self.map_size
+                    try:
+                        inside.append(ident)
+                        if GATE.shut:
+                            GATE.wait(ident)
+                        txn = self.begin(write=True)
+                        try:
+                            self._refuse_moved(folder)
+                            result, wrote = work(txn)
+                            if wrote:
+                                self._commit(txn)
+                            return result
+                        finally:
+                            txn.abort()  # does nothing once it is committed
+                    except (lmdb.MapFullError, lmdb.MapResizedError) as error:
+                        problem = error
+                    except lmdb.Error as error:
+                        raise self.translated(error) from error
+                    finally:
+                        inside.remove(ident)
+                    self._recover(problem, seen, attempt)
+            finally:
+                self._writing = 0
+        raise ChestError(f"the index in {folder} cannot grow", path=folder) from problem
+
+    def _commit(self, txn: Any) -> None:
+        # Stored while this thread holds the writers' lock, so that nobody can see the commit under the old generation. If
+        # an exception comes from outside (an interrupt), it stays: whether the commit took place is not known here.
+        self.generation[0] = txn.id()
+        try:
+            txn.commit()
+        except (lmdb.MapFullError, lmdb.MemoryError, lmdb.TxnFullError):
+            raise
+        except lmdb.Error as error:
+            if self._is_full(error):
+                self._take_back()
+                raise DiskFullError(
+                    f"the disk is full ({self.folder}). Nothing was lost: make room and try again.", path=self.folder
+                ) from error
+            raise self._fail(error) from error
+
+    def _take_back(self) -> None:
+        """The generation is that of the last commit again: a lock is needed, or it could be another's newer one."""
+        with contextlib.suppress(lmdb.Error), self.begin(write=True) as txn:
+            self.generation[0] = txn.id() - 1
+            txn.abort()
+
+    def _is_full(self, error: lmdb.Error) -> bool:
+        # LMDB reports a write that fell short as EIO.
+        return error.code in _FULL or (error.code == errno.EIO and _fs.disk_is_full(self.folder))
+
+    def _fail(self, error: lmdb.Error) -> FailedError:
+        self.failed = (
+            f"the index in {self.folder} could not be written ({error}): it takes nothing more. What is in memory, and what "
+            "was committed before, stays readable. Look after the disk, close every chest of this folder, open it again."
+        )
+        return FailedError(self.failed, path=self.folder)
+
+    def _refuse_moved(self, folder: str) -> None:
+        """Commits into files that have no name any more, or that nobody else shares, would be lost in silence."""
+        for name, identity in self.files.items():
+            path = os.path.join(folder, name)
+            try:
+                if _identity(path) == identity:
+                    continue
+            except OSError:
+                pass
+            raise FailedError(
+                f"{path} was moved, removed or replaced while the chest was open. Nothing was written; what is in memory "
+                "stays readable. Put it back, or open the chest again.",
+                path=folder,
+            )
+
+    def translated(self, error: lmdb.Error) -> Exception:
+        """The error to raise instead of one of LMDB's."""
+        if isinstance(error, lmdb.BadValsizeError):
+            return ValueError("a name in the index must have 1 to 511 bytes")
+        if isinstance(error, lmdb.MemoryError):
+            return MemoryError(f"no memory for a transaction in {self.folder}")
+        if isinstance(error, lmdb.TxnFullError):
+            return ChestError(f"one commit in {self.folder} is too large: write less at a time", path=self.folder)
+        if isinstance(error, (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError)):
+            return damaged(self.folder, str(error))
+        if self._is_full(error):
+            return DiskFullError(f"the disk is full ({self.folder}): make room and try again.", path=self.folder)
+        if isinstance(error, lmdb.PanicError) or error.code == errno.EIO:
+            return self._fail(error)
+        return FailedError(f"the index in {self.folder} cannot be used: {error}", path=self.folder)
+
+    # --- recovering, outside of the gate
+
+    def _recover(self, problem: lmdb.Error, seen: int, attempt: int) -> None:
+        """What the last attempt lacked is there, or it is worth another one."""
+        if isinstance(problem, lmdb.ReadersFullError):
+            if not self._env.reader_check():
+                time.sleep(0.001)
+            return
+        if isinstance(problem, lmdb.PanicError):  # nothing can be read until it is opened again
+            if attempt:
+                raise self._fail(problem) from problem
+            self._fail(problem)
+            with GATE.alone():
+                self._env.close()
+                self._attach()
+            return
+        if isinstance(problem, lmdb.MapFullError) and attempt == 0 and self._env.reader_check():
+            return  # the pages that a dead reader held back can be used again
+        with GATE.alone():
+            if self.map_size != seen:
+                return  # another thread was faster
+            size = seen * 2
+            with contextlib.suppress(OSError):
+                while size <= os.stat(self.data).st_size:
+                    size *= 2
+            # LMDB gives up the old map before it asks for the new one, and could not go on without.
+            if not _fits(size - seen):
+                raise MemoryError(
+                    f"no address space to let the index in {self.folder} grow to {size} bytes (RLIMIT_AS?)"
+                )
+            self._env.set_mapsize(size)
+            self.map_size = size
+
+    def sync_to_disk(self) -> None:
+        """All that was committed is durable."""
+        try:
+            self._env.sync(True)
+        except lmdb.Error as error:
+            raise self._fail(error) from error
+
+    def reader_check(self) -> None:
+        """The slots of readers that have died are free, and so are the pages that they held."""
+        self._env.reader_check()
+
+    def close(self) -> None:
+        """Let go of the environment; nobody uses it any more."""
+        with GATE.alone():
+            self._env.close()
+
+
+_DATABASES = ("index", "order", "pending", "meta")
+_FILES = ("data.mdb", "lock.mdb", "generation")
+
+
+def _identity(path: str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+def _fits(size: int) -> bool:
+    if os.name == "nt":
+        return True
+    try:
+        mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ).close()
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def damaged(folder: str, what: str) -> CorruptError:
+    """The error for an index that is not what was written."""
+    return CorruptError(
+        f"the index in {folder} is damaged: {what}. Put the folder back from a backup, or run `python -m chest check` on "
+        "it; the value files beside it are unharmed.",
+        path=folder,
+    )
+
+
+class Environments:
+    """All open environments of this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a chest may be collected, and closed, while this thread is in here
+        self._open: dict[tuple[int, int], Environment] = {}
+
+    def open(self, folder: str, *, sync: bool, create: bool, map_size: int | None = None) -> Environment:
+        """The environment of a folder, to be given back by ``release``.
+
+        Raises:
+            PathError: the folder cannot hold one, or (without ``create``) holds none.
+            CorruptError: what lies there is damaged.
+            DiskFullError: there is no room for it.
+        """
+        data = os.path.join(folder, "data.mdb")
+        with self._lock:
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    env = self._open.get(_identity(data))
+                    if env is not None:
+                        env.n_users += 1
+                        return env
+                is_new = refuse_damaged(folder)
+                if is_new:
+                    if not create:
+                        raise PathError(f"there is no index in {folder}", path=folder)
+                    _make_folder(folder)
+                _prepare_lock(folder)
+                env = Environment(folder, sync=sync, map_size=map_size)
+                if is_new and sync:
+                    for path in (folder, os.path.dirname(folder), os.path.dirname(os.path.dirname(folder))):
+                        _fs.fsync_folder(path or ".")
+            except lmdb.Error as error:
+                _forget_stump(data)
+                raise _opening_error(error, folder) from error
+            except OSError as error:
+                _forget_stump(data)
+                full = _fs.as_disk_full(error, folder)
+                if full is not None:
+                    raise full from error
+                if isinstance(error, ChestError):
+                    raise
+                raise PathError(f"{folder} cannot hold an index: {error.strerror or error}", path=folder) from error
+            self._open[env.files["data.mdb"]] = env
+            return env
+
+    def release(self, env: Environment) -> None:
+        """One user less; the last one closes it."""
+        with self._lock:
+            env.n_users -= 1
+            if not env.n_users:
+                self._open.pop(env.files["data.mdb"], None)
+                env.close()
+
+
+def _make_folder(folder: str) -> None:
+    os.makedirs(folder, 0o700, exist_ok=True)
+    if not stat.S_ISDIR(os.lstat(folder).st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
+
+
+def _prepare_lock(folder: str) -> None:
+    """``lock.mdb`` is there with all its blocks: LMDB would stretch it, and a hole cannot be filled on a full disk (SIGBUS).
+
+    It is made under another name and linked, since LMDB may be filling in one that another process has just made.
+    """
+    path = os.path.join(folder, "lock.mdb")
+    if os.path.lexists(path) or not hasattr(os, "link"):
+        return
+    temporary = f"{path}-{os.urandom(8).hex()}"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
+    try:
+        try:
+            _fs.write_all(fd, bytes(_LOCK_BYTES))
+        finally:
+            os.close(fd)
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            # There already, or no hard links here: LMDB makes it.
+    finally:
+        os.unlink(temporary)
+
+
+def _forget_stump(data: str) -> None:
+    """A ``data.mdb`` too short to hold anything, which a full disk has left, is empty, and thus new to the next opener."""
+    with contextlib.suppress(OSError):
+        if os.lstat(data).st_size < 2 * mmap.PAGESIZE:
+            os.truncate(data, 0)
+
+
+def _opening_error(error: lmdb.Error, folder: str) -> Exception:
+    if isinstance(error, (lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError, lmdb.PageNotFoundError)):
+        return damaged(folder, str(error))
+    if isinstance(error, lmdb.MemoryError):
+        return MemoryError(f"no address space for the index in {folder} (RLIMIT_AS?)")
+    if error.code in _FULL or (error.code == errno.EIO and _fs.disk_is_full(folder)):
+        return DiskFullError(f"the disk is full ({folder}): make room and try again.", path=folder)
+    return PathError(f"{folder} cannot hold an index: {error}", path=folder)
+
+
+ENVIRONMENTS = Environments()

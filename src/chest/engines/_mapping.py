@@ -1,0 +1,64 @@
+"""Private, writable views of files: copy-on-write, and without a descriptor that stays open as long as they live.
+
+Python's own ``mmap`` has the second from 3.13 on only (``trackfd=False``). Below that the C library is asked: with a
+descriptor for each of them a process could hold no more than some thousand mapped arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+import platform
+import sys
+import weakref
+from typing import Any
+
+__all__ = ["map_privately"]
+
+# Without it the kernel refuses a private mapping larger than memory and swap, though few of its pages are ever written.
+_NORESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
+_TRACKFD: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+
+use_libc = os.name == "posix" and not _TRACKFD and sys.maxsize > 2**32
+
+
+def map_privately(fd: int, size: int) -> memoryview:
+    """The bytes of a file. What is written to them stays in memory; pages that are never touched are never read.
+
+    Costs 10 us. The file may be closed, renamed and removed meanwhile, but must not become shorter.
+    """
+    libc = _libc() if use_libc else None
+    if libc is not None:
+        return _map_by_libc(libc, fd, size)
+    if os.name != "posix":
+        return memoryview(mmap.mmap(fd, size, access=mmap.ACCESS_COPY))
+    flags, prot = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+    return memoryview(mmap.mmap(fd, size, flags=flags, prot=prot, **_TRACKFD))
+
+
+@functools.cache
+def _libc() -> Any:
+    try:
+        import ctypes
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+        libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    except (ImportError, OSError, AttributeError):
+        return None
+    return libc
+
+
+def _map_by_libc(libc: Any, fd: int, size: int) -> memoryview:
+    import ctypes
+
+    flags, prot = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+    address = libc.mmap(None, size, prot, flags, fd, 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    array = (ctypes.c_ubyte * size).from_address(address)
+    # Every view of it keeps the array alive, and with it the mapping; at the process's end the kernel removes both.
+    weakref.finalize(array, libc.munmap, address, size).atexit = False
+    return memoryview(array).cast("B")

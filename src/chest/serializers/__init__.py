@@ -1,0 +1,246 @@
+"""Serializers: how a value becomes bytes.
+
+Anything with ``dump(value, file)`` and ``load(file)`` is one: ``pickle``, ``json``, ``cloudpickle``, ``joblib``, a class of
+the user's. ``resolve`` brings whatever the user gave into one form, a ``Codec``, and gives it the name by which a chest
+remembers it. The default, ``pickle``, writes value files that map (``_pickled``); all others write what they write.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import pickle
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import xxhash
+
+from .. import _pickled
+from ..errors import MissingExtraError
+
+__all__ = ["NAMES", "Codec", "resolve"]
+
+Dump = Callable[[Any, Any], Any]
+Load = Callable[[Any], Any]
+
+NAMES = ("pickle", "json", "marshal", "cloudpickle", "dill", "joblib")
+"""Serializers that can be given, and are remembered, by name. Their modules have ``dump`` and ``load``."""
+
+
+class Codec:
+    """A serializer in the one form that the store uses.
+
+    Attributes:
+        name: what the chest remembers; a name of ``NAMES`` can be found again without the user's help.
+        native: values are value files that map (the default pickle).
+        dump, load: as the user gave them, or the module's.
+    """
+
+    def __init__(self, name: str, dump: Dump, load: Load, *, text: bool = False, native: bool = False) -> None:
+        self.name = name
+        self.dump = dump
+        self.load = load
+        self.native = native
+        self._text = text
+        if native:  # one call less on the hot paths
+            self.dumps = _pickled.dumps
+            self.loads = pickle.loads
+
+    @property
+    def text(self) -> bool:
+        return self._text
+
+    def dumps(self, value: Any) -> bytes:
+        """The serialized value, for one that is small."""
+        sink = io.BytesIO()
+        self.dump_to(value, sink)
+        return sink.getvalue()
+
+    def loads(self, data: Any) -> Any:
+        """The value behind serialized bytes."""
+        return self.load_from(io.BytesIO(data))
+
+    def dump_to(self, value: Any, file: Any) -> None:
+        """Serialize into a binary file, which is left open."""
+        if self._text:
+            wrapped = io.TextIOWrapper(_Unclosed(file), encoding="utf-8", newline="", write_through=True)
+            self.dump(value, wrapped)
+            wrapped.flush()
+        else:
+            self.dump(value, _EncodesText(file))
+
+    def load_from(self, file: Any) -> Any:
+        """Load from a binary file."""
+        if self._text:
+            return self.load(io.TextIOWrapper(file, encoding="utf-8", newline=""))
+        return self.load(file)
+
+    def digest(self, value: Any) -> int:
+        """xxh3 of what ``dump`` would write, without keeping it."""
+        sink = _Hashes()
+        self.dump_to(value, sink)
+        return sink.digest()
+
+
+class _EncodesText:
+    """A binary file that takes text too, so that ``json.dump`` works without ``mode='t'``."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, data: Any) -> int:
+        if isinstance(data, str):
+            data = data.encode("utf-8", "surrogatepass")
+        view = memoryview(data).cast("B") if not isinstance(data, bytes) else data
+        size = done = len(view)
+        written = self._file.write(view)
+        while written is not None and written < done:  # raw files may write less than asked for
+            view = view[written:]
+            done = len(view)
+            written = self._file.write(view)
+        return size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+class _Unclosed(io.RawIOBase):
+    """What a text wrapper writes to: it may be thrown away without closing the file below."""
+
+    def __init__(self, file: Any) -> None:
+        self._below = _EncodesText(file)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        return self._below.write(data)
+
+
+class _Hashes:
+    """A file that only remembers the hash of what was written to it."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_64()
+        self._size = 0
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        size = memoryview(data).nbytes
+        self._size += size
+        return size
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        pass
+
+    def digest(self) -> int:
+        return self._hash.intdigest()
+
+
+class ViewFile(io.RawIOBase):
+    """A readable, seekable binary file over a buffer, without a copy of it."""
+
+    def __init__(self, view: Any) -> None:
+        self._view = memoryview(view)
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = (0, self._at, len(self._view))[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, target: Any) -> int:
+        part = self._view[self._at : self._at + len(target)]
+        target[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingExtraError(f"the serializer {name!r} needs the package {name}: pip install {name}") from error
+
+
+def _named(name: str) -> Codec:
+    if name == "pickle":
+        return Codec("pickle", _pickled.dump, pickle.load, native=True)
+    if name not in NAMES:
+        raise ValueError(
+            f"no serializer is named {name!r}: choose one of {', '.join(NAMES)}, or give a module or object"
+        )
+    module = _module(name)
+    return Codec(name, module.dump, module.load)
+
+
+def _describe(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    kind = type(function)
+    module = getattr(function, "__module__", None) or kind.__module__
+    return f"{module}.{getattr(function, '__qualname__', kind.__qualname__)}"
+
+
+def _pair_name(dump: Any, load: Any) -> str:
+    """``json`` for json.dump and json.load, ``pickle`` for all that the default can read, else both functions' names."""
+    d, r = _describe(dump), _describe(load)
+    if d in ("_pickle.dump", "pickle.dump") and r in ("_pickle.load", "pickle.load"):
+        return "pickle"
+    for name in NAMES:
+        if d.split(".")[0] == name and d.endswith(".dump") and r.endswith(".load"):
+            # cloudpickle.load *is* pickle.load
+            if r.split(".")[0] == name or (name == "cloudpickle" and r in ("_pickle.load", "pickle.load")):
+                return name
+    if d == "marshal.dump" and r == "marshal.load":
+        return "marshal"
+    return f"{d} with {r}"
+
+
+def resolve(serializer: Any, dump: Dump | None, load: Load | None, mode: str) -> Codec | None:
+    """The serializer that the user asked for, None if none was named.
+
+    Raises:
+        ValueError, TypeError: nonsense, with what would do.
+        MissingExtraError: the package of a named serializer is not installed.
+    """
+    if mode not in ("b", "t"):
+        raise ValueError(f"mode is {mode!r}: choose 'b' (binary files) or 't' (text files)")
+    text = mode == "t"
+    if serializer is not None:
+        if dump is not None or load is not None:
+            raise TypeError("give either serializer= or the pair dump= and load=, not both")
+        if isinstance(serializer, str):
+            return _named(serializer)
+        if isinstance(serializer, ModuleType) and serializer.__name__ in NAMES:
+            return _named(serializer.__name__)
+        if not callable(getattr(serializer, "dump", None)) or not callable(getattr(serializer, "load", None)):
+            raise TypeError(f"serializer {serializer!r} needs the functions dump(value, file) and load(file)")
+        name = serializer.__name__ if isinstance(serializer, (ModuleType, type)) else _describe(type(serializer))
+        return Codec(name, serializer.dump, serializer.load, text=text)
+    if dump is None and load is None:
+        return None
+    if dump is None or load is None:
+        default = _named("pickle")
+        dump, load = dump or default.dump, load or default.load
+    return Codec(_pair_name(dump, load), dump, load, text=text)
+
+
+def _no_text(*_: Any) -> Any:
+    raise TypeError(
+        "mode='t' needs a serializer that writes text: give dump= and load=, json.dump and json.load for instance"
+    )
