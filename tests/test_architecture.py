@@ -22,12 +22,13 @@ ROOT = Path(__file__).parent.parent / "src" / "chest"
 # Names are relative to the package; `engines` stands for engines/__init__.py, and "" for the package's own.
 LAYERS = [
     ["errors"],
-    ["_keys", "_sizing", "_fs", "_reducers"],
-    ["_pickled"],
+    ["_forms", "_fs", "_lifetime", "_machine", "_reducers", "_size_plans"],
+    ["_keys", "_pickled", "_sizing"],
     ["abc"],
     ["engines", "engines.*", "serializers", "serializers.*", "_memory", "_changes"],
     ["_store"],
-    ["_views", "_legacy"],
+    ["_keeper", "_opening"],
+    ["_views"],
     ["core"],
     [""],
     ["_cli", "_cli.*", "__main__", "integrations", "integrations.*", "testing", "testing.*", "migrate"],

@@ -323,3 +323,15 @@ def test_iteration_promotes_nothing() -> None:
         assert len(list(c.items())) == 1000
         assert c == {i: [str(i) * 100] for i in range(1000)}
         assert (list(c.inmem), c.memory_usage) == before
+
+
+def test_a_chest_goes_with_its_last_reference() -> None:
+    gc.disable()
+    try:
+        c = Chest({"a": [1]}, available_memory=0)
+        c["a"].append(2)
+        path = c.path
+        del c
+        assert not Path(path).exists()
+    finally:
+        gc.enable()

@@ -201,10 +201,6 @@ def file_in_the_way_above(path: Path) -> None:
     Chest(path=path / "below")
 
 
-def path_with_nul(path: Path) -> None:
-    Chest(path=f"{path}\0x")
-
-
 def index_truncated(path: Path) -> None:
     with Chest[int, Any](path=path) as chest:
         for n in range(2000):
@@ -260,13 +256,12 @@ PROVOKED: dict[Callable[[Path], None], tuple[type[ChestError], tuple[str, ...]]]
     folder_gone: (FailedError, ("{path}",)),
     value_refused: (SerializeError, ("'the key'", "stays in memory")),
     dump_with_an_os_error: (WriteError, ("'the key'", "tape is torn", "stays in memory")),
-    class_missing: (LoadError, ("'the key'", "Thing", "unharmed")),
+    class_missing: (LoadError, ("'the key'", "module_that_comes_and_goes", "unharmed")),
     large_value_truncated: (CorruptError, ("'large'", "{path}")),
     large_value_flipped: (CorruptError, ("'large'", "{path}")),
     large_value_gone: (CorruptError, ("'large'", "{path}", "gone")),
     file_in_the_way: (PathError, ("{path}", "file")),
     file_in_the_way_above: (PathError, ("{path}",)),
-    path_with_nul: (PathError, ()),
     index_truncated: (CorruptError, ("{path}",)),
     index_no_index: (CorruptError, ("{path}",)),
     keys_file_of_something_else: (CorruptError, ("{path}", ".keys")),
@@ -287,7 +282,7 @@ def test_a_provoked_error_says_what_where_and_what_to_do(tmp_path: Path, provoke
     message = str(error)
     for word in words:
         assert word.format(path=path) in message
-    last = re.split(r"[.:;] ", message.rstrip("."))[-1]
+    last = message.rstrip(".").split(". ")[-1]
     assert ADVICE.search(last), f"no advice at the end of: {message}"
     if "'the key'" in words:
         assert error.key == "the key"

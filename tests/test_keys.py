@@ -107,6 +107,13 @@ class Shout(str):
         return hash(str(self).upper())
 
 
+class OwnEquality(str):
+    def __eq__(self, other):
+        return self is other
+
+    __hash__ = str.__hash__
+
+
 class OwnHash(int):
     def __hash__(self):
         return 7
@@ -350,10 +357,15 @@ def test_keys_that_look_alike_have_different_names():
         *(time(tzinfo=timezone.utc), UUID(int=1), str(UUID(int=1)), range(0), range(1), range(2), (0, 1)),
         *(PurePosixPath("a"), PureWindowsPath("a"), "a", PurePosixPath("A"), PurePosixPath("/a"), PurePosixPath("//a")),
         *(Colour.RED, Colour.GREEN, Fruit.RED, Access.R, Access.W, Access.R | Access.W, Access(0)),
+        *(Fraction(2**60 + 1, 2), Fraction(2**60 + 3, 2), 2.0**59, Fraction(1, 3), 1 / 3, Fraction(1, 2**1080)),
         *(10**4000, 10**4000 + 1, -(10**4000), "x" * 511, "x" * 512, b"x" * 511, math.inf, -math.inf),
     ]
     assert len(set(alike)) == len(alike)
     assert len({name_of(key) for key in alike}) == len(alike)
+
+
+def test_what_a_uuid_knows_of_its_origin_comes_back():
+    assert decode(*encode(UUID(int=1, is_safe=SafeUUID.safe))).is_safe is SafeUUID.safe
 
 
 # --- opaque keys ------------------------------------------------------------------------------------------------------
@@ -363,7 +375,17 @@ def test_keys_that_look_alike_have_different_names():
     "key",
     [
         *(math.nan, Decimal("nan"), complex(math.nan, 0), complex(0, math.nan), (1, math.nan), frozenset({math.nan})),
-        *(Plain, Plain(), len, Shout("a"), OwnHash(1), (OwnHash(1), "a"), timezone.utc, memoryview(b"a").cast("b")),
+        *(
+            Plain,
+            Plain(),
+            len,
+            Shout("a"),
+            OwnEquality("a"),
+            OwnHash(1),
+            (OwnHash(1), "a"),
+            timezone.utc,
+            memoryview(b"a").cast("b"),
+        ),
         *(10**20000, Decimal("1e20000"), Decimal("1e1000000"), Decimal("1e-1000000"), Fraction(1, 10**20000)),
         datetime(2024, 10, 27, 2, 30, tzinfo=BERLIN),
         datetime(2024, 10, 27, 2, 30, tzinfo=BERLIN, fold=1),
@@ -409,12 +431,16 @@ def test_a_class_that_was_defined_again_does_not_share_names_with_the_old_one(mo
 def test_the_limit_for_large_numbers_is_one_of_value():
     for exponent in (9000, 9863, 9864, 9865, 9999, 10000, 10001, 20000):
         one = name_of(10**exponent)
-        zeros = Decimal((0, (1, *[0] * 30), exponent - 30))
+        zeros = Decimal((0, (1, *[0] * 30_000), exponent - 30_000))
         assert one == name_of(Decimal(f"1e{exponent}")) == name_of(zeros) == name_of(Fraction(10**exponent))
         small = name_of(Fraction(1, 10**exponent))
-        assert small == name_of(Decimal(f"1e-{exponent}")) == name_of(Decimal((0, (1, *[0] * 30), -exponent - 30)))
+        assert (
+            small == name_of(Decimal(f"1e-{exponent}")) == name_of(Decimal((0, (1, *[0] * 30_000), -exponent - 30_000)))
+        )
         assert name_of(Fraction(5, 10**exponent)) == name_of(Decimal(f"5e-{exponent}"))
     assert name_of(10**9000) is not None
+    five = Decimal((0, Decimal(5**20_000).as_tuple().digits, -20_000))
+    assert name_of(five) == name_of(Fraction(1, 2**20_000)) is not None
     assert name_of(Decimal((0, (1,) + (0,) * 100_000, -100_000))) == name_of(1)
     assert name_of(Decimal((0, (2,) + (0,) * 100_000, 10**6))) is None
 
@@ -468,8 +494,9 @@ def nested(depth, inner=()):
 
 def test_nesting_too_deep_is_refused_at_a_fixed_depth_and_crashes_nothing():
     assert same(decode(*encode(nested(99))), nested(99))
+    abyss = nested(500_000)  # its very hash would overflow the stack
     for call in (name_of, encode, key_to_filename):
-        for key in (nested(100), nested(1_000_000), (math.nan, nested(1_000_000))):
+        for key in (nested(100), abyss, (math.nan, abyss), frozenset({nested(100)})):
             with pytest.raises(KeyTypeError, match="nested"):
                 call(key)
 

@@ -1,9 +1,10 @@
-"""The memory tier against models of it: the policy on paper, interrupts anywhere, and all operations in any order."""
+"""The memory tier against the policy on paper, interrupts anywhere, hits by other threads, and a model in any order."""
 
 from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Callable
 from itertools import count
 from types import FrameType
@@ -141,6 +142,34 @@ def test_an_interrupt_anywhere_in_an_operation_leaves_the_tier_whole(name: str) 
         tier.check()
         break
     assert n > 0
+
+
+def test_hits_from_other_threads_disturb_nothing() -> None:
+    tier = MemoryTier(10**9)
+    for i in range(200):
+        tier.add(Entry(f"k{i}", None, 10_000, True))
+    stop = threading.Event()
+
+    def hit() -> None:
+        rng = random.Random(0)
+        while not stop.is_set():
+            entry = tier.entries.get(f"k{rng.randrange(200)}")
+            if entry is not None:
+                entry.hot = True
+
+    threads = [threading.Thread(target=hit) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for i in range(3000):
+            for entry in tier.victims(150 * 10_000):
+                tier.remove(entry.key)
+            tier.add(Entry(f"k{i % 200}", None, 10_000, True))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    tier.check()
 
 
 class Machine(RuleBasedStateMachine):

@@ -569,7 +569,8 @@ class Restless:
         self.data = bytearray()
 
     def write(self, data: Any) -> None:
-        self.value[:] = type(self.value)(len(self.value)) if isinstance(self.value, bytearray) else self.value + 1
+        raw = memoryview(self.value).cast("B")
+        raw[:] = bytes([raw[0] ^ 255]) * len(raw)
         self.data += data
 
 

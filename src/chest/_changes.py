@@ -2,9 +2,9 @@
 
 A chest hands out the values themselves, not proxies, so it learns of an in-place change only by looking.
 
-*Does the value differ from what is stored?* What cannot change needs no look (``is_immutable``). Of a private
-(copy-on-write) mapping the kernel knows which pages were written: those are no longer pages of the file
-(``written_pages``); as they may hold what they held before, they are compared. Everything else is hashed.
+*Does the value differ from what is stored?* What cannot change needs no look (``is_immutable``). Of a private mapping
+the kernel knows which pages were written: those are no longer pages of the file (``written_pages``); as they may hold
+what they held before, they are compared. Everything else is hashed.
 
 *Does somebody still hold it?* (``held``) After ``rows = c['x']['rows']`` only ``rows`` is held, so the value's own
 reference count is not enough: the references that come from inside the value are counted, and an object that has more
@@ -28,7 +28,6 @@ import datetime
 import enum
 import functools
 import gc
-import io
 import mmap
 import os
 import re
@@ -56,13 +55,37 @@ _IMMUTABLE: set[type] = {
     *(datetime.date, datetime.datetime, datetime.timedelta, datetime.time, datetime.timezone, types.GenericAlias),
 }  # those below join it when they are met
 _ATOMS: set[type] = {*_IMMUTABLE, type, types.FunctionType, types.ModuleType}  # a value's walk ends here
-_NAMED = frozenset((
-    "decimal.Decimal", "fractions.Fraction", "uuid.UUID", "zoneinfo.ZoneInfo", "numpy.generic", "numpy.dtype",
-    "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath", "pathlib.WindowsPath",
-    "pandas.Timestamp", "pandas.Timedelta", "pandas.Period", "pandas.Interval", "pandas.NaTType", "pandas.NAType",
-    "pyarrow.Table", "pyarrow.RecordBatch", "pyarrow.ChunkedArray", "pyarrow.Array", "pyarrow.Scalar",
-    "pyarrow.Schema", "pyarrow.Field", "pyarrow.DataType", "ipaddress.IPv4Address", "ipaddress.IPv6Address",
-))  # fmt: skip - immutable types of packages that are not imported for their sake
+_NAMED = frozenset(
+    (
+        "decimal.Decimal",
+        "fractions.Fraction",
+        "uuid.UUID",
+        "zoneinfo.ZoneInfo",
+        "numpy.generic",
+        "numpy.dtype",
+        "pathlib.PosixPath",
+        "pathlib.PurePosixPath",
+        "pathlib.PureWindowsPath",
+        "pathlib.WindowsPath",
+        "pandas.Timestamp",
+        "pandas.Timedelta",
+        "pandas.Period",
+        "pandas.Interval",
+        "pandas.NaTType",
+        "pandas.NAType",
+        "pyarrow.Table",
+        "pyarrow.RecordBatch",
+        "pyarrow.ChunkedArray",
+        "pyarrow.Array",
+        "pyarrow.Scalar",
+        "pyarrow.Schema",
+        "pyarrow.Field",
+        "pyarrow.DataType",
+        "ipaddress.IPv4Address",
+        "ipaddress.IPv6Address",
+    )
+)  # fmt: skip - immutable types of packages that are not imported for their sake
+_BY_NAME = (type, types.FunctionType, types.BuiltinFunctionType)
 _MAX_MEMBERS, _MAX_DEPTH = 64, 4
 
 
@@ -75,29 +98,20 @@ def is_immutable(value: object) -> bool:
     return type(value) in _IMMUTABLE or _looks_immutable(value, _MAX_DEPTH)
 
 
-def _looks_immutable(value: object, depth: int) -> bool:
-    kind = _kind(type(value))
-    if isinstance(value, (tuple, frozenset)):
-        return (
-            (depth > 0 and kind == _FROZEN and len(value) <= _MAX_MEMBERS)
-            and all(type(member) in _IMMUTABLE or _looks_immutable(member, depth - 1) for member in value)
-        )  # fmt: skip
-    if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
-        return _importable(value)
-    if kind == _OPAQUE and type(value).__module__ == "pyarrow.lib":
-        return getattr(value, "is_mutable", True) is False  # a buffer
-    return type(value) in _IMMUTABLE or isinstance(value, enum.Enum)
-
-
-def _importable(value: Any) -> bool:
-    """Whether every pickler stores it as a name (what is in ``__main__`` is stored by value by some)."""
-    module = getattr(value, "__module__", None)
-    if not isinstance(module, str) or module == "__main__":
-        return False
-    found: Any = sys.modules.get(module)
-    for name in str(getattr(value, "__qualname__", "")).split("."):
-        found = getattr(found, name, None)
-    return found is value
+def _looks_immutable(value: Any, depth: int) -> bool:
+    cls = type(value)
+    kind = _kind(cls)
+    if kind == _FROZEN and isinstance(value, (tuple, frozenset)):
+        return depth > 0 and len(value) <= _MAX_MEMBERS and all(_looks_immutable(item, depth - 1) for item in value)
+    if kind == _OPAQUE:
+        return cls.__module__ == "pyarrow.lib" and getattr(value, "is_mutable", True) is False  # a buffer
+    if cls in _IMMUTABLE or isinstance(value, enum.Enum):
+        return True
+    # Functions and classes: what is in __main__ some picklers store by value.
+    module = isinstance(value, _BY_NAME) and value.__module__ != "__main__" and sys.modules.get(value.__module__ or "")
+    return bool(module) and value is functools.reduce(
+        lambda found, name: getattr(found, name, None), value.__qualname__.split("."), module
+    )
 
 
 # What the walk does with objects of a type:
@@ -108,23 +122,21 @@ _ARRAY = 3  # likewise; numpy does not show .base and the members of object arra
 _OPAQUE = 4  # matters, is not entered
 
 _CONTAINERS = (list, dict, set, collections.deque, bytearray, types.SimpleNamespace, functools.partial, BaseException)
-_NEVER_FOUND_AGAIN = {*_CONTAINERS, collections.OrderedDict, collections.defaultdict, array, io.BytesIO, io.StringIO}
+_NEVER_FOUND_AGAIN = {*_CONTAINERS, collections.OrderedDict, collections.defaultdict, array}
 _LEAF_PACKAGES = {"chest", "logging"}  # objects that live for themselves, whoever refers to them
 _OPAQUE_PACKAGES = {"pandas", "polars", "pyarrow"}
-_INLINE_VALUES, _HEAP_TYPE = 1 << 2, 1 << 9  # type.__flags__
+_HEAP_TYPE = 1 << 9  # in type.__flags__; so is the next
+_HIDES_DICT = 1 << 2 if sys.version_info >= (3, 13) else 0  # with inline values: see _hidden_dict
 _kinds: dict[int, int] = {}  # by identity, so that no class is kept alive
-_known: dict[int, weakref.ref[type]] = {}
 
 
 def _kind(cls: type) -> int:
     if cls in _ATOMS:
         return _LEAF
-    identity = id(cls)
-    kind = _kinds.get(identity)
+    kind = _kinds.get(id(cls))
     if kind is None:
-        kind = _classify(cls)
-        _known[identity] = weakref.ref(cls, lambda _: (_kinds.pop(identity, None), _known.pop(identity, None)))
-        _kinds[identity] = kind
+        kind = _kinds[id(cls)] = _classify(cls)
+        weakref.finalize(cls, _kinds.pop, id(cls), None).atexit = False
     return kind
 
 
@@ -146,20 +158,17 @@ def _classify(cls: type) -> int:
     if not _OPAQUE_PACKAGES.isdisjoint(packages):
         return _OPAQUE
     # A class statement leaves one of these entries in the class or in a base of it; a type made in C has none.
-    spaces = [vars(base) for base in mro if base.__flags__ & _HEAP_TYPE]
-    is_python = any(not space.keys().isdisjoint(("__slots__", "__dict__", "__weakref__")) for space in spaces)
-    slots = {space["__slots__"] or None for space in spaces if isinstance(space.get("__slots__", []), (str, tuple))}
-    has_state = cls.__dictoffset__ != 0 or not slots <= {None, "__weakref__", ("__weakref__",)}
+    entries = {"__slots__", "__dict__", "__weakref__"}
+    python = {base for base in mro if base.__flags__ & _HEAP_TYPE and not entries.isdisjoint(vars(base))}
+    slots = (base for base in python for item in vars(base).values() if type(item) is types.MemberDescriptorType)
+    has_state = cls.__dictoffset__ != 0 or any(slots)
     if issubclass(cls, (tuple, frozenset)):
         return _PLAIN if has_state else _FROZEN
     if cls in (types.MethodType, types.BuiltinMethodType, slice):
         return _FROZEN
-    if issubclass(cls, _CONTAINERS):
+    if (has_state and python) or issubclass(cls, _CONTAINERS):
         return _PLAIN
-    if not is_python:
-        return _OPAQUE
-    stateless = not has_state and all(base is object or base in _ATOMS or vars(base) in spaces for base in mro)
-    return _LEAF if stateless else _PLAIN
+    return _OPAQUE if not python or set(mro) - python - _ATOMS - {object} else _LEAF
 
 
 class Held(enum.IntEnum):
@@ -173,22 +182,7 @@ class Held(enum.IntEnum):
 _PROBE = [[None]]
 _SEEN = next(map(sys.getrefcount, {0: [None]}.values()))  # as in _shared, for what nothing but the dict holds
 _ONE_PLACE = max(map(sys.getrefcount, [[None]])) + 1  # as in _is_tree
-_MAX_ROUNDS = 4
-_MAX_INSIDE = 512
-
-
-class _Instance:
-    def __init__(self) -> None:
-        self.value = None
-
-
-def _hides_dicts() -> bool:
-    """Some releases since 3.13 visit what is in an instance's dict, but not the dict that was asked for."""
-    instance = _Instance()
-    return not any(member is vars(instance) for member in gc.get_referents(instance))
-
-
-_HIDES = _INLINE_VALUES if _hides_dicts() else 0
+_MAX_ROUNDS, _MAX_FOREIGN = 4, 1000
 
 
 def _references(value: object, extra: int = 0) -> int:
@@ -200,49 +194,40 @@ def held(value: Any, extra: int = 0) -> Held:
     """Whether anybody but the caller holds the value, or something inside it that can change.
 
     To be called directly, and with a value that is read in the call, ``held(entry.value)``: then the entry's reference
-    is the only one of the caller's. What cannot change is never held. The answer is that of the moment; while it is
-    NO no other thread can change the value. Costs 0.4 us for an array or data frame; else it grows with the value, by
-    25 ns for a number or text and 0.4 us for a list or instance inside it.
-
-    ``extra`` says how many more references the caller knows of: 1 for ``v = entry.value; held(v, 1)``.
+    is the caller's only one; ``extra`` is the number of others, 1 for ``v = entry.value; held(v, 1)``. The answer is
+    that of the moment; after NO no other thread can change the value. Costs 0.4 us for an array or data frame; else it
+    grows with the value, by 25 ns for a number or text and 0.2 us for a list or instance inside it.
     """
+    cls = type(value)
+    if cls in _ATOMS:
+        return Held.NO
     # Compared anew each time: debuggers that replace the evaluation of frames change how calls pass references.
     excess = sys.getrefcount(value) - _references(_PROBE[0]) - extra
-    cls = type(value)
-    kind = _LEAF if cls in _ATOMS else _kinds.get(id(cls))
-    if kind is None:
-        kind = _kind(cls)
-    if kind == _LEAF:
-        return Held.NO
-    if not REFCOUNTS:
-        return Held.VALUE
+    kind = _kinds.get(id(cls)) or _kind(cls)
+    if not REFCOUNTS or kind == _LEAF:
+        return Held.VALUE if kind else Held.NO
     if kind == _OPAQUE:
-        return Held.VALUE if excess > 0 and excess > _own_references(value) else Held.NO
+        return Held.VALUE if excess > 0 and excess > _foreign_references([value])[id(value)] else Held.NO
     if kind == _ARRAY:
         if not cls.__dictoffset__ and not value.dtype.hasobject and (excess > 0 or value.base is None):
             return Held.VALUE if excess > 0 else Held.NO
-    elif not cls.__flags__ & _HIDES and _ATOMS.issuperset(map(type, gc.get_referents(value))):
+    elif not cls.__flags__ & _HIDES_DICT and _ATOMS.issuperset(map(type, gc.get_referents(value))):
         return Held.VALUE if excess > 0 and kind == _PLAIN else Held.NO
     if _is_tree(value, kind):
         return Held.VALUE if excess > 0 and (kind != _FROZEN or _can_change(value, set())) else Held.NO
-    found_again: dict[int, Any] = {}
+    passed: dict[int, Any] = {}
     for _ in range(_MAX_ROUNDS):
-        seen, counts = _walk(value, kind, found_again)
-        if excess > counts[id(value)] and (kind != _FROZEN or _can_change(value, set())):
+        seen, counts = _walk(value, kind, passed)
+        if excess > counts[id(value)] and (kind != _FROZEN or _can_change(value, set(passed))):
             return Held.VALUE
-        shared = _shared(seen, counts)
+        shared = _shared(seen, counts, set(passed))
         if not shared:
             return Held.NO
-        # What lies inside an object that is found again (its class's table of all of them) is shared too.
-        n, anew = len(found_again), set()
-        for identity, member in seen.items():
-            if member is not value and (type(member) not in anew or identity in shared):
-                if _is_found_again(member):
-                    found_again[identity] = member
-                else:
-                    anew.add(type(member))
-        if len(found_again) == n:
+        # What lies inside an object that is found again (its class's table of all of them) is shared too: walk past it.
+        found_again = _found_again(seen, shared)
+        if not found_again:
             break
+        passed.update(found_again)
     return Held.INNER
 
 
@@ -296,52 +281,47 @@ def _members(level: list[Any], kinds: dict[type, int]) -> tuple[list[Any], dict[
         for item in level:
             if kinds[type(item)] == _ARRAY:
                 _add_hidden(item, members)
-    if _HIDES:
-        members += [_hidden_dict(item) for item in level if type(item).__flags__ & _HIDES]
+    if _HIDES_DICT:
+        members += [_hidden_dict(item) for item in level if type(item).__flags__ & _HIDES_DICT]
     found = {cls: kind for cls in set(map(type, members)) - _ATOMS if (kind := _kind(cls)) != _LEAF}
     return [member for member in members if type(member) in found] if found else [], found
 
 
 def _hidden_dict(item: Any) -> dict[str, Any] | None:
+    """The dict of an instance, of which some releases since 3.13 show the garbage collector the values only."""
     own = getattr(item, "__dict__", None)
     return own if type(own) is dict and not any(member is own for member in gc.get_referents(item)) else None
 
 
-def _add_hidden(item: Any, members: list[Any]) -> None:
+def _add_hidden(item: Any, members: list[Any], *, is_field: bool = False) -> None:
     """Add what a numpy array refers to without the garbage collector knowing. Members belong to the last ``base``."""
-    if item.base is not None:
+    if item.base is not None and not is_field:
         if _kind(type(item.base)) in (_ARRAY, _PLAIN):  # _PLAIN: as_strided puts an instance in between
             members.append(item.base)
-    elif item.dtype.hasobject:
-        _add_objects(item, members)
-
-
-def _add_objects(item: Any, members: list[Any]) -> None:
-    if item.dtype.names is None:
+    elif item.dtype.names is None and item.dtype.hasobject:
         members.extend(item.flat)
-    for name in item.dtype.names or ():
+    for name in item.dtype.names or () if item.base is None or is_field else ():
         if item.dtype[name].hasobject:
-            if isinstance(item[name], sys.modules["numpy"].ndarray):
-                _add_objects(item[name], members)
-            else:
+            if hasattr(item[name], "dtype"):
+                _add_hidden(item[name], members, is_field=True)
+            else:  # of np.void
                 members.append(item[name])
 
 
-def _shared(seen: dict[int, Any], counts: dict[int, int]) -> set[int]:
+def _shared(seen: dict[int, Any], counts: dict[int, int], frozen: set[int]) -> set[int]:
     """What can change and has more references than come from inside (by identity), the value itself left out."""
     # No name may refer to one of the objects meanwhile: that would be one more reference.
-    totals = map(sys.getrefcount, seen.values())
-    known = zip(seen, totals, counts.values(), strict=True)
+    known = zip(seen, map(sys.getrefcount, seen.values()), counts.values(), strict=True)
     excess = {identity: total - inside - _SEEN for identity, total, inside in known if total > inside + _SEEN}
     excess.pop(next(iter(seen)), None)
-    frozen: set[int] = set()
-    shared = set()
-    for identity, n in excess.items():
-        member = seen[identity]
-        kind = _kind(type(member))
-        if (kind != _FROZEN or _can_change(member, frozen)) and (kind != _OPAQUE or n > _own_references(member)):
-            shared.add(identity)
-    return shared
+    if not excess:
+        return set()
+    foreign = _foreign_references([member for member in seen.values() if _kind(type(member)) == _OPAQUE])
+    return {
+        identity
+        for identity, n in excess.items()
+        if n > foreign[identity] and (_kind(type(seen[identity])) != _FROZEN or _can_change(seen[identity], frozen))
+    }
 
 
 def _can_change(value: Any, frozen: set[int]) -> bool:
@@ -355,21 +335,35 @@ def _can_change(value: Any, frozen: set[int]) -> bool:
     return False
 
 
-def _own_references(value: Any) -> int:
-    """The references that an object's insides hold to it: some pandas keep accessors (``s.str``) like that."""
-    seen, level, own = {id(value)}, [value], 0
-    while level and len(seen) < _MAX_INSIDE:
-        members = [member for member in gc.get_referents(*level) if _kind(type(member))]
-        own += list(map(id, members)).count(id(value))
-        level = [member for member in members if id(member) not in seen]
+def _foreign_references(level: list[Any]) -> collections.Counter[int]:
+    """The references, by identity, from the insides of foreign objects: pandas 2 has accessors that refer to the frame."""
+    references: collections.Counter[int] = collections.Counter()
+    kinds, seen = dict.fromkeys(map(type, level), _PLAIN), set(map(id, level))
+    while level and len(seen) < _MAX_FOREIGN:
+        members, kinds = _members(level, dict.fromkeys(kinds, _PLAIN))
+        references.update(map(id, members))
+        level = list({id(member): member for member in members if id(member) not in seen}.values())
         seen.update(map(id, level))
-    return own
+    return references
+
+
+def _found_again(seen: dict[int, Any], shared: set[int]) -> dict[int, Any]:
+    """Those that letting go of loses nothing. Of what is not shared, classes are left at the first that is not."""
+    made_anew, (_, *inner) = set(), seen.items()
+    found = {}
+    for identity, member in inner:
+        if identity in shared or type(member) not in made_anew:
+            if _is_found_again(member):
+                found[identity] = member
+            else:
+                made_anew.add(type(member))
+    return found
 
 
 def _is_found_again(value: Any) -> bool:
-    """Whether unpickling would give this very object, or pickling cannot store it: letting go of it loses nothing.
+    """Whether unpickling would give this very object, or pickling cannot store it.
 
-    Runs code of the value's class, so it is only asked of what looks held, and not where that code may copy much.
+    Runs code of the value's class, so it is only asked if something looks held, and not where that code may copy much.
     """
     cls: Any = type(value)
     kind = _kind(cls)
@@ -390,8 +384,7 @@ def _is_found_again(value: Any) -> bool:
 
 
 _PAGE = mmap.PAGESIZE
-_PAGES_AT_ONCE = 1 << 17
-_REGIONS = 1024
+_PAGES_AT_ONCE, _REGIONS = 1 << 17, 1 << 10
 _PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
 _FILE, _PRESENT, _SWAPPED = 1 << 2, 1 << 3, 1 << 4
 _TOP = 7 if sys.byteorder == "little" else 0

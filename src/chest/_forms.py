@@ -196,7 +196,7 @@ def _microseconds(delta: timedelta) -> int:
 
 
 def _datetime(key: Any, depth: int) -> bytes:
-    naive = key.replace(tzinfo=None, fold=0)
+    naive = key.replace(tzinfo=None)
     offset = key.utcoffset()
     if offset is None:
         return b"D" + _int64.pack(_microseconds(naive - datetime.min))
@@ -210,7 +210,7 @@ def _datetime(key: Any, depth: int) -> bytes:
                 back = key.tzinfo.fromutc((naive - offset).replace(tzinfo=key.tzinfo))
             except (ArithmeticError, ValueError, NotImplementedError):
                 return _OPAQUE
-            if back.replace(tzinfo=None, fold=0) != naive:
+            if back.replace(tzinfo=None) != naive:
                 return _OPAQUE
     return b"A" + _int64.pack(_microseconds(naive - datetime.min) - _microseconds(offset))
 

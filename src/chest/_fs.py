@@ -367,7 +367,7 @@ def forget(folder: str, token: str) -> None:
 _SUFFIX, _DEAD = ".chest", ".chest.dead"
 _scratch: dict[str, Owner] = {}
 _swept: set[tuple[int, str]] = set()
-_scratch_lock = threading.Lock()
+_scratch_lock = threading.RLock()  # a chest may be collected, and its folder removed, while this thread is in here
 
 
 def make_scratch(dir: str | None = None) -> str:

@@ -1,7 +1,8 @@
 """How much memory there is, and how much of it a chest is told to use.
 
-In a container the machine's memory is not the process's: the kernel kills what outgrows its control group long before the
-machine is full. So the limit of the group, and of every group around it, counts as well, in both versions of the interface.
+In a container the machine's memory is not the process's: the kernel kills what outgrows its control group long before
+the machine is full. So the limit of the group counts as well, and that of every group around it, in both versions of
+the kernel's interface.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ __all__ = ["DEFAULT_MEMORY", "machine_memory", "parse_memory"]
 DEFAULT_MEMORY = 1_000_000_000
 _UNKNOWN_MACHINE = 4 << 30  # where the system does not say
 
-# Where the kernel tells of control groups: the group of this process, and per version the mounts and the file with the limit.
+# Where the kernel tells of control groups: the group of this process; per version the mounts, and the limit's file.
 _OWN_GROUPS = "/proc/self/cgroup"
-_MOUNTS_V1 = ("/sys/fs/cgroup/memory",)
-_MOUNTS_V2 = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
+_MOUNTS_V1: tuple[str, ...] = ("/sys/fs/cgroup/memory",)
+_MOUNTS_V2: tuple[str, ...] = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 _LIMIT_V1 = "memory.limit_in_bytes"
 _LIMIT_V2 = "memory.max"
 
@@ -56,7 +57,7 @@ def parse_memory(limit: object) -> int:
         raise TypeError(f"available_memory cannot be {limit!r}; it is {_ACCEPTED}")
     if math.isnan(limit) or limit < 0:
         raise ValueError(f"available_memory cannot be {limit!r}; it is {_ACCEPTED}")
-    return sys.maxsize if math.isinf(limit) else min(int(limit), sys.maxsize)
+    return sys.maxsize if math.isinf(limit) else min(math.floor(limit), sys.maxsize)
 
 
 def _parse_text(text: str) -> int:
@@ -76,7 +77,7 @@ def _parse_text(text: str) -> int:
 
 
 def machine_memory() -> int:
-    """The bytes of memory that this process can use at most: the machine's, or its control group's limit if that is smaller."""
+    """The bytes of memory that this process may use: the machine's, or its control group's limit if that is less."""
     return min(_physical_memory(), *_group_limits(), sys.maxsize)
 
 
@@ -95,7 +96,10 @@ def _windows_memory() -> int:
         _fields_ = [
             ("length", ctypes.c_uint32),
             ("load", ctypes.c_uint32),
-            *((name, ctypes.c_uint64) for name in ("total", "free", "page", "page_free", "virtual", "virtual_free", "ext")),
+            *(
+                (name, ctypes.c_uint64)
+                for name in ("total", "free", "page", "page_free", "virtual", "virtual_free", "ext")
+            ),
         ]
 
     status = Status(length=ctypes.sizeof(Status))

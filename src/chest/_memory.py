@@ -81,8 +81,7 @@ class Entry:
         "next", "prev", "seq", "size", "stored", "stuck", "value", "version",
     )  # fmt: skip
 
-    # Set while it is queued:
-    L: int  # the floor when it was queued
+    L: int  # the floor when it was queued; it and the next four are unset until then
     klass: int  # 0..15, or _PICKED or _STUCK (also while it waits in FIRST)
     key_bytes: int  # kept, because the size of a key object can change (a str caches its UTF-8)
     prev: Entry
@@ -304,7 +303,9 @@ class MemoryTier:
         if self.usage <= target:
             return batch
         ends, heads = self._ends, self._heads
-        self._splice_first(ends[_PICKED])
+        picked = ends[_PICKED]
+        if picked.next is not picked:
+            self._splice_first(picked)
         picked_values = picked_bookkeeping = chances = 0
         while True:
             left = self._values - picked_values

@@ -263,7 +263,7 @@ def read_footer(data: memoryview | mmap | bytes) -> Layout | None:
     payloads = []
     free = 0
     for offset, length, checksum, header, read_only in _ENTRY.iter_unpack(view[end:table_end]):
-        if header not in (5, 9) or read_only > 1 or offset - header < free or offset + length > end:
+        if read_only > 1 or offset - header < free or offset + length > end:
             raise CorruptError("the footer describes buffers that cannot be")
         free = offset + length
         payloads.append(Payload(offset, length, read_only == 1, header, checksum))

@@ -3,8 +3,8 @@
 A *plan* is found once for each type and answers for one object, in about a microsecond and without running code of the
 user's where there is another way. Nothing is imported to recognise arrays and frames: their types are found by name.
 
-The attributes of an object are asked of the garbage collector. It knows ``__dict__``, slots and the fields of C types alike,
-and does not make a ``__dict__`` for an object that had none, as reading ``__dict__`` does.
+The attributes of an object are asked of the garbage collector. It knows ``__dict__``, slots and the fields of C types
+alike, and does not make a ``__dict__`` for an object that had none, as reading ``__dict__`` does.
 
 What makes objects on the fly (the buffers of an arrow table) must identify them by something else than ``id``: the next
 one made may have the same.
@@ -17,6 +17,7 @@ import operator
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import islice, repeat
 from sys import getsizeof
 from types import BuiltinFunctionType, CodeType, FunctionType, MemberDescriptorType, MethodDescriptorType, ModuleType
@@ -30,7 +31,9 @@ Plan = Callable[[Any], Parts]
 Size = Callable[[Any], int]
 
 ALL = 1024  # members up to here are all handed out, beyond that a sample
-GOLDEN = tuple(i * 0.6180339887498949 % 1 for i in range(256))  # the first k of these, for any k, are evenly spread over [0, 1)
+GOLDEN = tuple(
+    i * 0.6180339887498949 % 1 for i in range(256)
+)  # the first k of these, for any k, are evenly spread over [0, 1)
 HEADER = 112  # an array object beside its buffer
 _MANY_CHUNKS = 64
 
@@ -52,7 +55,7 @@ _registered_names: dict[str, Size] = {}
 _quick_builtins: dict[type, Size] = {}
 
 
-# --- From a type to its plan -------------------------------------------------------------------------------------------
+# --- From a type to its plan ------------------------------------------------------------------------------------------
 
 
 def parts(value: Any) -> Parts:
@@ -107,7 +110,7 @@ def _find(kind: type, types: dict[type, Any], names: dict[str, Any]) -> Any:
         own = f"{base.__module__}.{base.__qualname__}"
         for name, found in names.items():
             module, _, attribute = name.rpartition(".")
-            # Also by the name under which it is exported ('pandas.DataFrame'), read in a way that triggers no lazy import.
+            # Also by the name it is exported under ('pandas.DataFrame'), read so that no lazy import is triggered.
             if name == own or getattr(sys.modules.get(module), "__dict__", {}).get(attribute) is base:
                 return found
     return None
@@ -174,12 +177,12 @@ def _has_attributes(kind: type) -> bool:
     return bool(kind.__dictoffset__) or any(vars(base).get("__slots__") for base in kind.__mro__)
 
 
-# --- Containers --------------------------------------------------------------------------------------------------------
+# --- Containers -------------------------------------------------------------------------------------------------------
 # Always the methods of the builtin base, never those of a subclass: they may do anything.
 
 
 def spread(n: int) -> list[int]:
-    """Where to look in a sequence of more than ``ALL``: evenly, at pairs of neighbours, so that runs of one object show."""
+    """Where to look in a sequence of more than ``ALL``: evenly, at pairs of neighbours, so that runs show."""
     return [i for f in GOLDEN[:128] for i in (int(f * n), min(int(f * n) + 1, n - 1))]
 
 
@@ -232,7 +235,7 @@ def _deque(value: Any) -> Parts:
     return id(value), own_bytes(value), (items,)
 
 
-# --- Objects -----------------------------------------------------------------------------------------------------------
+# --- Objects ----------------------------------------------------------------------------------------------------------
 
 
 def _nothing(value: Any) -> Parts:
@@ -282,10 +285,9 @@ def _object_of(value: Any, own: int) -> Parts:
 
 
 def _by_its_word(value: Any) -> Parts:
-    try:
+    size: Any = None
+    with suppress(Exception):
         size = getattr(value, "nbytes", None)
-    except Exception:
-        size = None
     if not hasattr(type(size), "__index__") or (size := operator.index(size)) < 0:  # absent, a method, nonsense
         return _object(value)
     own = own_bytes(value)
@@ -296,11 +298,11 @@ def _counted_by(size: Size, beside: int = 0) -> Plan:
     return lambda value: (id(value), int(size(value)) + beside, ())
 
 
-# --- Arrays and frames -------------------------------------------------------------------------------------------------
+# --- Arrays and frames ------------------------------------------------------------------------------------------------
 
 
 def _owner(array: Any) -> Any:
-    """The array whose buffer this one keeps alive; the last array on the way where the memory is a mapped file's, say."""
+    """The array whose buffer this one keeps alive; where the memory is no array's (a mapped file's), the last array."""
     ndarray = sys.modules["numpy"].ndarray
     owner, base = array, array.base
     while base is not None:

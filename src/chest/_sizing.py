@@ -1,28 +1,29 @@
 """How much memory a value holds.
 
-``nbytes`` is asked for every value that enters a chest, so it has to be cheap; its answers decide what is spilled, so they
-have to be honest. ``sys.getsizeof`` is cheap and wrong by any factor; visiting every member is honest and slower than writing
-the value to disk. What is done instead:
+``nbytes`` is asked for every value that enters a chest, so it has to be cheap; its answers decide what is spilled, so
+they have to be honest. ``sys.getsizeof`` is cheap and wrong by any factor; visiting every member is honest and slower
+than writing the value to disk. What is done instead:
 
-- **Few members are all visited, many are sampled.** Up to 1,024 members the type of each is looked at, so that ten large
-  arrays among hundreds of small things are never missed; beyond that those of 256 members, evenly spread by the golden ratio
-  (no period of the data can hide from it, and without random numbers equal values have equal sizes). A sample whose members
-  differ much is enlarged. A budget bounds the whole walk and is shared out evenly among siblings.
-- **What is shared counts once.** An array stands for the buffer that it keeps alive, so two views of one array, or one array
-  in a thousand records, count once. Sampling needs care here, for what a sample meets is multiplied: an object that is met
-  a second time is taken back out of the sample and counted as the one object it is. Reference counts tell how often a sampled
-  object occurs among the members that were not looked at.
+- **Few members are all visited, many are sampled.** Up to 1,024 members the type of each is looked at, so that ten
+  large arrays among hundreds of small things are never missed; beyond that those of 256 members, spread evenly by the
+  golden ratio (no period of the data can hide from it, and without random numbers equal values have equal sizes). A
+  sample is enlarged until its mean is known well enough. A budget bounds the whole walk; siblings share it evenly.
+- **What is shared counts once.** An array stands for the buffer that it keeps alive, so two views of one array, or one
+  array in a thousand records, count once. Sampling needs care here, for what a sample meets is multiplied: an object
+  that is met a second time is taken back out of the sample and counted as the one object it is. Reference counts tell
+  how often a sampled object occurs among the members that were not looked at.
 - **Nothing is ever raised**, and no depth of nesting exhausts the stack.
 
-Known limits: nodes of a large graph that are sampled one by one, and reach each other, count too often (up to tenfold); chains
-of thousands of objects count up to the budget; clones of polars frames count as if they shared nothing.
+Known limits: nodes of a large graph that are sampled one by one, and reach each other, count too often (up to tenfold);
+chains of hundreds of objects count up to the budget; clones of polars frames count as if they shared nothing.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, repeat
 from sys import getsizeof
 from typing import Any, Protocol, TypeVar, cast, overload
@@ -37,8 +38,10 @@ _F = TypeVar("_F", bound=Callable[[Any], int])
 
 _TINY = 16  # members up to here are faster looked at one by one than with set and map
 _FEW = 64  # members that hold others: up to here all are visited ...
-_SAMPLE = 32  # ... and of more as many, and more if they differ
-_BUDGET = 600.0  # composite objects visited for one value; looking at a member costs a sixteenth of visiting one
+_SAMPLE = 32  # ... and of more at least as many, until the standard error of their mean falls below ...
+_ERROR = 0.07
+_BUDGET = 300.0  # composite objects visited for one value; looking at a member costs a sixteenth of visiting one
+_OVERDRAFT = -8.0  # levels below the point where it ran out that single paths are still followed
 _DEPTH = 24  # levels walked by recursion; what lies deeper is put off
 _TRUSTED_REFERENCES = 8  # up to here a reference count says nothing of repetitions: who knows who else holds the object
 
@@ -54,8 +57,8 @@ def _nbytes(value: object) -> int:
     """The bytes of memory that the value holds: deep, every shared part once, large containers by extrapolation.
 
     An array counts exactly the buffer that it keeps alive (a view: the whole of its base). Scalars take 0.1 us, small
-    containers 1 us, and no value more than about a millisecond, however large it is. Never raises: what cannot tell its size
-    counts as if it held nothing.
+    containers 1 us, and no value more than a few milliseconds, however large it is. Never raises: what cannot tell its
+    size counts as if it held nothing.
 
     ``nbytes.register(SomeType)`` makes the decorated function the measure of a type and its subclasses.
     """
@@ -78,7 +81,7 @@ def _nbytes(value: object) -> int:
     return own_bytes(value)
 
 
-def _register(kind: type | str, size: Callable[[Any], int] | None = None) -> Any:
+def _register(kind: Any, size: Any = None) -> Any:
     """``size(value)`` is from now on what ``nbytes`` takes values of this type and its subclasses to hold.
 
     Args:
@@ -118,20 +121,22 @@ nbytes = cast(_NBytes, _nbytes)  # a plain function: calling an object costs twi
 class _Walk:
     """One measurement.
 
-    Members of a sampled group are visited as *units*, each under a path of its own: the path of the group, and its number.
+    Members of a sampled group are visited as *units*, each under a path of its own: the path of the group and a number.
     ``seen`` holds for all that was met (by what identifies its bytes) the path under which it was counted. Met again at
-    or below that path, it adds nothing. Met elsewhere, it is shared by units that were taken to be separate: it is taken
-    back, and counted once for the innermost group that has both.
+    or below that path, it adds nothing. Met elsewhere, it is shared by units that were taken to be separate: it is
+    taken back, and counted once for the innermost group that has both.
     """
 
-    __slots__ = ("fixed", "later", "n_units", "path", "seen", "spent", "undo")
+    __slots__ = ("fixed", "later", "n_units", "path", "pending", "seen", "spent", "stop", "undo")
 
     def __init__(self) -> None:
         self.seen: dict[object, _Path] = {}
         self.spent = 0.0
+        self.stop = math.inf  # what may be spent at most before the current subtree has to be extrapolated
         self.path: _Path = _TOP
         self.fixed: list[float] = []  # for each open sampled group: bytes that its units share
         self.n_units = 0
+        self.pending: set[int] = set()  # members that a sample stands for
         self.undo: _Path = ()  # while taking back: the path under which to count instead
         self.later: list[tuple[Groups, float]] = []  # what lies too deep for recursion
 
@@ -148,6 +153,8 @@ class _Walk:
     def visit(self, value: Any, budget: float, depth: int) -> float:
         """The bytes of ``value`` and below that have not been counted; negative where it takes some back."""
         seen, path = self.seen, self.path
+        if id(value) in self.pending:
+            return 0  # it has its own share in the sample
         self.spent += 1
         key, own, groups = parts(value)
         counted = seen.get(key)
@@ -166,17 +173,15 @@ class _Walk:
             if depth > 0:
                 for members, n in groups:
                     size += self.group(members, n, budget - 1, depth - 1)
-            elif not self.undo:
+            elif budget >= 1 and not self.undo:
                 self.later.append((groups, budget - 1))
         return size
 
     def take_back(self, value: Any, counted: _Path, budget: float, depth: int) -> float:
-        common = _common(counted, self.path)
-        self.undo = common
+        self.undo = common = _common(counted, self.path)
         size = self.visit(value, budget, depth)
         self.undo = ()
-        self.fixed[len(common) - 1] += size
-        return -size
+        return self.share(size, counted, common)
 
     def leaf(self, key: int, member: Any, counted: _Path) -> float:
         """The same as ``visit`` for a leaf that was met before."""
@@ -188,16 +193,22 @@ class _Walk:
         if counted == self.path[: len(counted)]:
             return 0
         self.seen[key] = common = _common(counted, self.path)
-        size = getsizeof(member)
+        return self.share(getsizeof(member), counted, common)
+
+    def share(self, size: float, counted: _Path, common: _Path) -> float:
+        """Count ``size`` once for the group of path ``common``, and take it out at the level where it was counted."""
         self.fixed[len(common) - 1] += size
-        return -size
+        if len(counted) >= len(self.path):
+            return -size
+        self.fixed[len(counted) - 1] -= size
+        return 0
 
     def group(self, members: Sequence[Any], n: int, budget: float, depth: int) -> float:
         """The bytes of ``n`` members, of which ``members`` are at hand."""
         seen, undo, path = self.seen, self.undo, self.path
         m = len(members)
-        limit = int(4 * budget) + 16
-        if m > limit:
+        limit = max(int(2 * budget), 0) + 16
+        if m > 3 * limit:  # then no two of the spread are the same
             members = [members[int(f * m)] for f in islice(GOLDEN, limit)]
             m = len(members)
         self.spent += m / 16
@@ -217,7 +228,8 @@ class _Walk:
                 seen.update(dict.fromkeys(distinct, path))
                 return _sum_leaves(distinct.values(), kinds) * share
         size = 0.0
-        rest: list[tuple[Any, float]] = []
+        rest: list[Any] = []
+        rest_weights: list[float] = []
         for (key, member), weight in zip(items, weights):  # noqa: B905 weights may have no end
             kind = type(member)
             if kind in leaves:
@@ -231,53 +243,83 @@ class _Walk:
             elif weight == 1 and kind in flat:
                 size += self.visit(member, 1, depth)
             else:
-                rest.append((member, weight))
+                rest.append(member)
+                rest_weights.append(weight)
         if rest:
-            size += self.composites(rest, budget - m / 16, depth, m < n)
+            size += self.composites(rest, rest_weights, budget - m / 16, depth, m < n)
         return size
 
-    def composites(self, members: list[tuple[Any, float]], budget: float, depth: int, sampled: bool) -> float:
-        """The bytes of members that hold others: of a sample, which is enlarged if one outweighs the rest."""
+    def composites(self, members: list[Any], weights: list[float], budget: float, depth: int, sampled: bool) -> float:
+        """The bytes of members that hold others, by a sample of them if they are many."""
         n = len(members)
-        if budget < 1:
-            return sum(parts(member)[1] * weight for member, weight in members[:4]) * n / min(n, 4)
-        k = min(n if n <= _FEW else _SAMPLE, max(1, int(budget) // 2))
-        order: Sequence[int] = range(n)
+        if budget < _OVERDRAFT:
+            return sum(parts(member)[1] * weight for member, weight in zip(members[:4], weights)) * n / min(n, 4)  # noqa: B905
+        k = min(
+            n if n <= _FEW else _SAMPLE, max(1 if budget < -2 else 2, int(budget) // 2)
+        )  # two: one shows no sharing
+        if k == n and not sampled:
+            return self.units(members, weights, range(n), k, budget, depth, None)
         if k < n:
-            sampled = True
-            order = list(dict.fromkeys(int(f * n) for f in islice(GOLDEN, k)))
-            k = len(order)
-            order += sorted(set(range(n)).difference(order))
-            if not self.undo:  # what leads to another member adds nothing: that one has its own share
-                self.seen.update((id(m), ()) for m, _ in members if id(m) not in self.seen)
+            self.pending.update(map(id, members))
         path = self.path
-        if sampled:
-            self.fixed.append(0.0)
-        size = largest = visited_weight = 0.0
-        visited = 0
+        self.fixed.append(0.0)
+        size = self.units(members, weights, _order(n, k), k, budget, depth, path)
+        self.path = path
+        return size + self.fixed.pop()
+
+    def units(
+        self,
+        members: list[Any],
+        weights: list[float],
+        order: Iterable[int],
+        k: int,
+        budget: float,
+        depth: int,
+        path: _Path | None,
+    ) -> float:
+        """Visit ``k`` members, and more if they differ; below ``path``, if there is one, each as a unit of its own."""
+        share = budget / k if budget > 0 else budget
+        stop = self.stop
+        size = visited_weight = 0.0
+        visited = settled = 0
+        total = squares = 0.0  # of the last `settled` members
         for i in order:
-            if visited >= k and (budget < 1 or largest * visited <= 4 * size):
+            if visited and self.spent > stop:
                 break
-            member, weight = members[i]
-            if sampled:
-                if self.seen.get(id(member)) == ():
-                    del self.seen[id(member)]
+            if visited >= k and (budget < 1 or squares * settled <= total * total * (1 + settled * _ERROR**2)):
+                break
+            member, weight = members[i], weights[i]
+            shared = 0.0
+            if path is not None:
+                self.pending.discard(id(member))
                 self.n_units += 1
                 self.path = (*path, self.n_units)
-            before, shared = self.spent, self.fixed[-1] if sampled else 0.0
-            part = self.visit(member, budget / max(k - visited, 1 if visited < k else 8), depth) * weight
+                shared = self.fixed[-1]
+            before = self.spent
+            # Who spends more than his share leaves the others theirs: else the last ones would seem to hold nothing.
+            fair = max(budget / (k - visited), share) if visited < k else budget / 8
+            self.stop = min(stop, before + max(4 * fair, 8))
+            part = self.visit(member, fair, depth) * weight
             budget -= self.spent - before
             size += part
-            shared = self.fixed[-1] - shared if sampled else 0.0
-            if shared * 2 > largest:  # what stood out was no outlier: it is shared
-                largest = 0.0
-            largest = max(largest, part + shared)
             visited += 1
             visited_weight += weight
-        if sampled:
-            self.path = path
-            size = max(size, 0.0) * (sum(weight for _, weight in members) / visited_weight) + self.fixed.pop()
-        return size
+            if path is not None and self.fixed[-1] > shared:  # what stood out may have been what turns out to be shared
+                settled, total, squares = 0, 0.0, 0.0
+            else:
+                settled, total, squares = settled + 1, total + part, squares + part * part
+        self.stop = stop
+        return size if visited == len(members) else size * sum(weights) / visited_weight
+
+
+def _order(n: int, k: int) -> Iterator[int]:
+    """All of ``range(n)``, first ``k`` evenly spread ones."""
+    first = dict.fromkeys([int(f * n) for f in GOLDEN[:k]])
+    yield from first
+    for i in range(n):
+        j = i * 7919 % n  # a prime beyond every n that comes here
+        if j not in first:
+            yield j
 
 
 def _common(one: _Path, other: _Path) -> _Path:
@@ -290,9 +332,12 @@ def _common(one: _Path, other: _Path) -> _Path:
 
 
 def _sum_leaves(members: Iterable[Any], kinds: set[type]) -> int:
-    if len(kinds) == 1:  # three times as fast; leaves have no header of the garbage collector, which getsizeof would add
+    if (
+        len(kinds) == 1
+    ):  # three times as fast; leaves have no header of the garbage collector, which getsizeof would add
         (kind,) = kinds
-        return sum(map(kind.__sizeof__, members))
+        size_of: Callable[[Any], int] = cast(Any, kind).__sizeof__
+        return sum(map(size_of, members))
     return sum(map(getsizeof, members))
 
 
@@ -316,8 +361,8 @@ def _weights(distinct: dict[int, Any], members: Sequence[Any], n: int) -> float 
     """How many different objects each of the sampled ones stands for; one number where it is the same for all.
 
     An object that occurs r times among the n is met r times as often, so its ``count * n / m`` occurrences stand for
-    ``count * n / m / r`` objects. Its reference count is an upper limit of r, as it counts references from elsewhere too: small
-    ones are not trusted, nor any if they foretell repetitions that the sample does not show.
+    ``count * n / m / r`` objects. Its reference count is an upper limit of r, as it counts references from elsewhere,
+    too: small ones are not trusted, nor any if they foretell repetitions that the sample does not show.
     """
     m = len(members)
     share = n / m

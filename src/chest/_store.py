@@ -540,7 +540,7 @@ class Store:
 
     def settle(self) -> int:
         """Do what commits left to be done: rename new files to the names of their keys, unlink what was replaced."""
-        commit, left = self.index.settle(self._finish)
+        commit, left = self.index.settle(self._finish, ready=self.blobs.sync)
         if commit is not None:
             self.commits.append((commit.before, commit.version))
         return left
@@ -552,7 +552,7 @@ class Store:
         ref = Ref.unpack(record.body) if record is not None and record.kind == BLOB else None
         if blob:
             if ref is not None and ref.blob == blob:
-                if not self.blobs.publish(blob, ref.label, replace=bool(old) and old == ref.label):
+                if not self.blobs.publish(blob, ref.label, replace=old == ref.label, sync=False):
                     return False
             else:
                 self.blobs.remove([blob])

@@ -38,6 +38,8 @@ def walk(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, bytes 
         with keeper.lock:
             keeper._usable()
             page = keeper._store.index.page(after, PAGE, reverse=reverse)
+        if not page:
+            break
         for item in page:
             while before(item.seq):
                 entry, at = own[at], at + 1
@@ -49,12 +51,10 @@ def walk(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, bytes 
             if (keeper._tombs or keeper._dirty) and keeper._hidden(key):
                 continue
             yield key, item.name
-        if len(page) < PAGE:
-            for entry in own[at:]:
-                if entry.key in keeper:  # type: ignore[operator]
-                    yield entry.key, None
-            return
         after = page[-1].seq
+    for entry in own[at:]:
+        if entry.key in keeper:  # type: ignore[operator]
+            yield entry.key, None
 
 
 def walk_items(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, Any]]:

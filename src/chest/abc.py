@@ -98,11 +98,17 @@ class Index(ABC):
         """
 
     @abstractmethod
-    def settle(self, finish: Callable[[bytes, Callable[[bytes], Record | None]], bool]) -> tuple[Commit | None, int]:
-        """Call ``finish(note, get)`` for every note, oldest first, while no one else can commit; forget those it returns True for.
+    def settle(
+        self,
+        finish: Callable[[bytes, Callable[[bytes], Record | None]], bool],
+        *,
+        ready: Callable[[], None] | None = None,
+    ) -> tuple[Commit | None, int]:
+        """Call ``finish(note, get)`` for every note, oldest first, while no one else can commit; forget those done.
 
-        ``get`` reads the current record of a name. Returns the commit that forgot them (None if there was nothing to
-        forget) and the number of notes left.
+        ``finish`` returns whether it is done, and must be able to do a thing twice. ``get`` reads the current record of a
+        name. ``ready`` is called before anything is forgotten: what ``finish`` did must be durable then. Returns the commit
+        that forgot them (None if there was nothing to forget) and the number of notes left.
         """
 
     @abstractmethod
@@ -134,6 +140,10 @@ class Index(ABC):
     @abstractmethod
     def meta(self, name: bytes) -> bytes | None:
         """A setting of the chest."""
+
+    def busy(self) -> bool:
+        """Whether this thread is in the middle of a commit, so that another one would wait for ever (for finalizers)."""
+        return False
 
     @abstractmethod
     def nbytes(self) -> int:

@@ -230,7 +230,8 @@ class Chest(Keeper, MutableMapping[K, V], Generic[K, V]):
     def popitem(self) -> tuple[K, V]:
         """Remove the key that was inserted last, and return it with its value."""
         with self.lock:
-            for key in reversed(self):
+            self._usable()
+            for key in self._from_the_end():
                 return key, self.pop(key)
         raise KeyError("popitem(): the chest is empty")
 

@@ -41,7 +41,8 @@ def _disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
     try:
         yield Disk(mount, grow)
     finally:
-        subprocess.run(["umount", str(mount)], check=True, capture_output=True)
+        # Lazily: after a failure its traceback keeps mapped values alive.
+        subprocess.run(["umount", "--lazy", str(mount)], check=True, capture_output=True)
 
 
 @pytest.fixture(name="memory_limit")

@@ -172,13 +172,16 @@ def _leave_work_behind(path: Path) -> None:
 # --- the oracle must catch what is wrong
 
 
+N_GENERATIONS = 31
+
+
 @pytest.fixture(name="acknowledged")
 def _acknowledged(tmp_path: Path) -> tuple[Path, Run]:
-    """A folder with 30 acknowledged generations, whose writer has died."""
+    """A folder with acknowledged generations, whose writer has died."""
     path, seed, log = tmp_path / "chest", 7, ""
     state: oracle.State = {}
     with Chest[Any, Any](path=path) as chest:
-        for generation in range(30):
+        for generation in range(N_GENERATIONS):
             for step in oracle.steps(seed, 0, generation, in_place=False):
                 if oracle.apply(state, step) and step.kind == "set":
                     chest[oracle.key(0, step.tag.key)] = oracle.value(step.tag)
@@ -235,11 +238,11 @@ def test_the_oracle_sees_a_hole_in_a_writers_steps(acknowledged: tuple[Path, Run
     with Chest[Any, Any](
         path=path
     ) as chest:  # the last two steps of a generation that was not acknowledged, not the first
-        tags = [step.tag for step in oracle.steps(run.seed, 0, 30, in_place=False) if step.kind == "set"]
+        tags = [step.tag for step in oracle.steps(run.seed, 0, N_GENERATIONS, in_place=False) if step.kind == "set"]
         assert len({tag.key for tag in tags}) > 2
         for tag in tags[-2:]:
             chest[oracle.key(0, tag.key)] = oracle.value(tag)
-    begun = run._replace(log=run.log + "begin 0 30\n")
+    begun = run._replace(log=run.log + f"begin 0 {N_GENERATIONS}\n")
     oracle.check_folder(path, [begun])
     with pytest.raises(Wrong, match="never the state"):
         oracle.check_folder(path, [begun._replace(spills=False)])

@@ -1,14 +1,13 @@
 """LMDB environments: one per folder and process, whoever uses it, with the rules that LMDB leaves to its callers.
 
-- A second environment on one folder in one process destroys the locks of the first. So they are kept here, counted, under
-  device and inode of ``data.mdb`` (a path may be renamed or linked), and none is closed while another chest uses it.
-- Nobody opens ``data.mdb`` or ``lock.mdb`` by hand while the environment is open: closing such a descriptor drops the locks.
-  What is to be read in them is read before.
-- The map must not be resized under a transaction of this process. So each transaction runs inside of a gate, which costs it
-  0.1 us and no lock: the threads inside are written down in a list, whose ``append`` and ``remove`` are atomic.
+- A second environment on one folder in one process destroys the locks of the first. So they are kept here, counted,
+  under device and inode of ``data.mdb`` (a path may be renamed or linked); none is closed while another chest uses it.
+- Nobody opens ``data.mdb`` or ``lock.mdb`` by hand while the environment is open: closing such a descriptor drops the
+  locks. What is to be read in them is read before.
+- The map must not be resized under a transaction of this process: each runs inside of the gate.
 - A transaction is begun, used and ended in one function call, and nothing in between waits for a user's code.
-- After a failed write the kernel has dropped the pages and the next sync would succeed: the environment is failed then, and
-  takes no more commits. It can still be read.
+- After a failed write the kernel has dropped the pages, and the next sync would succeed: the environment is failed
+  then, and takes no more commits. It can still be read.
 """
 
 from __future__ import annotations
@@ -22,16 +21,17 @@ import sys
 import threading
 import time
 from _thread import get_ident
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import lmdb
 
 from .. import _fs
 from ..errors import ChestError, CorruptError, DiskFullError, FailedError, PathError
-from ._datafile import refuse_damaged
+from ._datafile import forget_stump, prepare_lock, refuse_damaged
+from ._gate import GATE
 
-__all__ = ["ENVIRONMENTS", "GATE", "Environment", "Environments", "Gate"]
+__all__ = ["ENVIRONMENTS", "Environment", "Environments", "damaged"]
 
 T = TypeVar("T")
 
@@ -39,56 +39,8 @@ T = TypeVar("T")
 MAP_SIZE = 64 << 20 if os.name == "nt" else 256 << 30 if sys.maxsize > 2**32 else 256 << 20
 SMALLEST_MAP = 64 << 20
 N_READERS = 1024
-_LOCK_BYTES = 69_632  # of lock.mdb: room for that many readers
 _TRIES = 200
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-class Gate:
-    """Lets any number of threads in, or one thread alone.
-
-    Whoever enters does so with these lines, in this order; an interrupt cannot come between ``try`` and ``append``:
-
-        try:
-            gate.inside.append(ident)
-            if gate.shut:
-                gate.wait(ident)
-            ...
-        finally:
-            gate.inside.remove(ident)
-    """
-
-    def __init__(self) -> None:
-        self.inside: list[int] = []
-        self.shut = False
-        self._door = threading.Lock()
-
-    def wait(self, ident: int) -> None:
-        """Step outside until the gate is open again. Not if this thread was inside before: it is being waited for."""
-        while self.shut and self.inside.count(ident) == 1:
-            self.inside.remove(ident)
-            try:
-                with self._door:
-                    pass
-            finally:
-                self.inside.append(ident)
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """No other thread is inside, and none of this one's own transactions."""
-        if get_ident() in self.inside:
-            raise RuntimeError("this thread is in the middle of a transaction (a signal handler or finalizer, perhaps)")
-        with self._door:
-            self.shut = True
-            try:
-                while self.inside:
-                    time.sleep(50e-6)
-                yield
-            finally:
-                self.shut = False
-
-
-GATE = Gate()
 
 
 class Environment:
@@ -247,8 +199,8 @@ class Environment:
         raise ChestError(f"the index in {folder} cannot grow", path=folder) from problem
 
     def _commit(self, txn: Any) -> None:
-        # Stored while this thread holds the writers' lock, so that nobody can see the commit under the old generation. If
-        # an exception comes from outside (an interrupt), it stays: whether the commit took place is not known here.
+        # Stored while this thread holds the writers' lock, so that nobody can see the commit under the old generation.
+        # If an interrupt comes in between, it stays: whether the commit took place is not known here.
         self.generation[0] = txn.id()
         try:
             txn.commit()
@@ -274,14 +226,16 @@ class Environment:
 
     def _fail(self, error: lmdb.Error) -> FailedError:
         self.failed = (
-            f"the index in {self.folder} could not be written ({error}): it takes nothing more. What is in memory, and what "
-            "was committed before, stays readable. Look after the disk, close every chest of this folder, open it again."
+            f"the index in {self.folder} could not be written ({error}): it takes nothing more. What is in memory, and "
+            "what was committed before, stays readable. Look after the disk, close every chest of this folder, and "
+            "open it again."
         )
         return FailedError(self.failed, path=self.folder)
 
     def _refuse_moved(self, folder: str) -> None:
         """Commits into files that have no name any more, or that nobody else shares, would be lost in silence."""
-        for name, identity in self.files.items():
+        # Of a scratch folder, which nobody shares, one look is enough.
+        for name, identity in list(self.files.items())[: None if self.sync else 1]:
             path = os.path.join(folder, name)
             try:
                 if _identity(path) == identity:
@@ -289,8 +243,8 @@ class Environment:
             except OSError:
                 pass
             raise FailedError(
-                f"{path} was moved, removed or replaced while the chest was open. Nothing was written; what is in memory "
-                "stays readable. Put it back, or open the chest again.",
+                f"{path} was moved, removed or replaced while the chest was open. Nothing was written; what is in "
+                "memory stays readable. Put it back, or open the chest again.",
                 path=folder,
             )
 
@@ -382,8 +336,8 @@ def _fits(size: int) -> bool:
 def damaged(folder: str, what: str) -> CorruptError:
     """The error for an index that is not what was written."""
     return CorruptError(
-        f"the index in {folder} is damaged: {what}. Put the folder back from a backup, or run `python -m chest check` on "
-        "it; the value files beside it are unharmed.",
+        f"the index in {folder} is damaged: {what}. Put the folder back from a backup, or run `python -m chest check` "
+        "on it; the value files beside it are unharmed.",
         path=folder,
     )
 
@@ -403,7 +357,9 @@ class Environments:
             CorruptError: what lies there is damaged.
             DiskFullError: there is no room for it.
         """
+        folder = os.path.abspath(folder)
         data = os.path.join(folder, "data.mdb")
+        is_new = False
         with self._lock:
             try:
                 with contextlib.suppress(FileNotFoundError):
@@ -416,16 +372,17 @@ class Environments:
                     if not create:
                         raise PathError(f"there is no index in {folder}", path=folder)
                     _make_folder(folder)
-                _prepare_lock(folder)
+                prepare_lock(folder)
                 env = Environment(folder, sync=sync, map_size=map_size)
                 if is_new and sync:
-                    for path in (folder, os.path.dirname(folder), os.path.dirname(os.path.dirname(folder))):
-                        _fs.fsync_folder(path or ".")
+                    _sync_folders(folder)
             except lmdb.Error as error:
-                _forget_stump(data)
+                if is_new:
+                    forget_stump(data)
                 raise _opening_error(error, folder) from error
             except OSError as error:
-                _forget_stump(data)
+                if is_new:
+                    forget_stump(data)
                 full = _fs.as_disk_full(error, folder)
                 if full is not None:
                     raise full from error
@@ -450,36 +407,13 @@ def _make_folder(folder: str) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
 
 
-def _prepare_lock(folder: str) -> None:
-    """``lock.mdb`` is there with all its blocks: LMDB would stretch it, and a hole cannot be filled on a full disk (SIGBUS).
-
-    It is made under another name and linked, since LMDB may be filling in one that another process has just made.
-    """
-    path = os.path.join(folder, "lock.mdb")
-    if os.path.lexists(path) or not hasattr(os, "link"):
-        return
-    temporary = f"{path}-{os.urandom(8).hex()}"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
-    try:
-        try:
-            _fs.write_all(fd, bytes(_LOCK_BYTES))
-        finally:
-            os.close(fd)
-        try:
-            os.link(temporary, path)
-        except OSError as error:
-            if error.errno in _FULL:
-                raise
-            # There already, or no hard links here: LMDB makes it.
-    finally:
-        os.unlink(temporary)
-
-
-def _forget_stump(data: str) -> None:
-    """A ``data.mdb`` too short to hold anything, which a full disk has left, is empty, and thus new to the next opener."""
-    with contextlib.suppress(OSError):
-        if os.lstat(data).st_size < 2 * mmap.PAGESIZE:
-            os.truncate(data, 0)
+def _sync_folders(folder: str) -> None:
+    """LMDB never syncs folders. Of those above the chest's own some may not be readable, and are older than it is."""
+    _fs.fsync_folder(folder)
+    for _ in range(2):
+        folder = os.path.dirname(folder)
+        with contextlib.suppress(PermissionError):
+            _fs.fsync_folder(folder)
 
 
 def _opening_error(error: lmdb.Error, folder: str) -> Exception:

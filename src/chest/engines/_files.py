@@ -279,7 +279,7 @@ class FileBlobs(Blobs):
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _FLAGS  # a FIFO would wait for a writer
         path = self.path(name, label, new=True)
         try:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # .keys of chest 0.2 is a file
                 return os.open(path, flags)
             if not label:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)

@@ -144,8 +144,13 @@ class LegacyIndex(Index):
         commit = self.upgrade().commit(puts, deletes, notes=notes, meta=meta)
         return commit
 
-    def settle(self, finish: Callable[[bytes, Callable[[bytes], Record | None]], bool]) -> tuple[Commit | None, int]:
-        return (None, 0) if self._real is None else self._real.settle(finish)
+    def settle(
+        self,
+        finish: Callable[[bytes, Callable[[bytes], Record | None]], bool],
+        *,
+        ready: Callable[[], None] | None = None,
+    ) -> tuple[Commit | None, int]:
+        return (None, 0) if self._real is None else self._real.settle(finish, ready=ready)
 
     def notes(self) -> list[bytes]:
         return [] if self._real is None else self._real.notes()
@@ -180,6 +185,9 @@ class LegacyIndex(Index):
         if self._real is not None:
             return self._real.nbytes()
         return os.stat(os.path.join(self._root, ".keys")).st_size
+
+    def busy(self) -> bool:
+        return self._real is not None and self._real.busy()
 
     def close(self) -> None:
         if self._real is not None:

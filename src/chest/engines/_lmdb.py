@@ -1,0 +1,427 @@
+"""The default index: four LMDB databases in the folder ``.keys``.
+
+    index     name -> version u64 | seq u64 | kind u8 | body | checksum
+    order     seq, big-endian -> length of the name u16 | name | typed | checksum
+    pending   number, big-endian -> note | checksum
+    meta      name -> setting | checksum
+
+All other integers are little-endian. A checksum is the XXH3 (64 bits) of the entry's key and of what lies before it:
+LMDB has none of its own, and would answer a damaged page with a wrong value. The version is the number of LMDB's
+transaction, so a snapshot knows its own, and no counter can be lost.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from _thread import get_ident
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
+from typing import Any, NoReturn
+
+import lmdb
+from xxhash import xxh3_64_digest as _digest
+
+from .. import _fs
+from ..abc import Commit, Index, OrderItem, Put, Record
+from ..errors import ClosedError
+from ._environment import ENVIRONMENTS, Environment, damaged
+from ._gate import GATE
+
+__all__ = ["LmdbIndex"]
+
+_HEAD = struct.Struct("<QQB")
+_HEAD_SIZE = _HEAD.size
+_unpack = _HEAD.unpack_from
+_pack = _HEAD.pack
+_LENGTH = struct.Struct("<H")
+_new = tuple.__new__
+_inside = GATE.inside
+_FAILED = object()
+_PAGE_BYTES = 4 << 20  # a page of the order ends here, too: keys may be large
+
+
+class LmdbIndex(Index):
+    """An index in LMDB. Any number of processes and threads of one machine; ``get`` in 2 us, a batch in 2 us a put."""
+
+    def __init__(self, folder: str, env: Environment, *, sync: bool) -> None:
+        """Use ``open``."""
+        self._folder = folder
+        self._env = env
+        self._sync = sync
+        self.generation = env.generation
+
+    @classmethod
+    def open(
+        cls, folder: str, *, sync: bool = True, create: bool = True, network: bool = True, map_size: int | None = None
+    ) -> LmdbIndex:
+        """The index in a folder, which is created if there is none.
+
+        Args:
+            folder: its own, with nothing else in it that LMDB could mistake.
+            sync: commits are durable when they return. Without, they survive the death of the process only.
+            create: False: a folder without an index is a ``PathError``.
+            network: False: a network file system is a ``NetworkPathError``.
+            map_size: bytes of address space to begin with; it grows as needed.
+
+        Raises:
+            PathError: the folder cannot hold an index.
+            CorruptError: what lies there is damaged.
+            DiskFullError: there is no room.
+        """
+        if not network:
+            _fs.refuse_network(folder)
+        folder = os.path.abspath(folder)
+        return cls(folder, ENVIRONMENTS.open(folder, sync=sync, create=create, map_size=map_size), sync=sync)
+
+    # --- reading
+
+    def get(self, name: bytes) -> Record | None:
+        """The newest record of a key, None where there is none."""
+        env = self._env
+        ident = get_ident()
+        # `Environment.read`, spelled out: this is the path that everything cold takes.
+        try:
+            _inside.append(ident)
+            if GATE.shut:
+                GATE.wait(ident)
+            txn = env.begin(env.index)
+            try:
+                data = txn.get(name)
+            finally:
+                txn.abort()
+        except lmdb.Error:
+            data = _FAILED
+        finally:
+            _inside.remove(ident)
+        if data is None:
+            return None
+        if data is _FAILED:
+            data = env.read(lambda txn: txn.get(name, db=env.index))
+            return None if data is None else self._record(name, data)
+        if _digest(name + data[:-8]) != data[-8:]:
+            self._refuse("a record", name)
+        return _new(Record, (*_unpack(data), data[_HEAD_SIZE:-8]))
+
+    def get_many(self, names: Sequence[bytes]) -> tuple[int, list[Record | None]]:
+        """The version of one snapshot, and the records in it, in the order of ``names``."""
+        env = self._env
+
+        def work(txn: Any) -> tuple[int, list[tuple[bytes, bytes]]]:
+            return txn.id(), txn.cursor(env.index).getmulti(names)
+
+        version, found = env.read(work)
+        if len(found) == len(names):
+            return version, [self._record(name, data) for name, data in found]
+        records = {name: self._record(name, data) for name, data in found}
+        return version, [records.get(name) for name in names]
+
+    def notes(self) -> list[bytes]:
+        """The notes that have not been dealt with, oldest first."""
+        env = self._env
+        items = env.read(lambda txn: list(txn.cursor(env.pending).iternext()) if _count(txn, env.pending) else [])
+        return [self._plain("a note", number, data) for number, data in items]
+
+    def page(self, after: int | None = None, limit: int = 1000, *, reverse: bool = False) -> list[OrderItem]:
+        """Up to ``limit`` keys in insertion order, beyond ``after``; fewer where the keys are large."""
+        env = self._env
+
+        def work(txn: Any) -> list[tuple[bytes, bytes]]:
+            cursor = txn.cursor(env.order)
+            if not _seek(cursor, after, reverse):
+                return []
+            found: list[tuple[bytes, bytes]] = []
+            room = _PAGE_BYTES
+            for item in cursor.iterprev() if reverse else cursor.iternext():
+                if len(found) >= limit or room < 0:
+                    break
+                found.append(item)
+                room -= len(item[1])
+            return found
+
+        items = []
+        for place, data in env.read(work):
+            if _digest(place + data[:-8]) != data[-8:]:
+                self._refuse("the order", place)
+            end = 2 + data[0] + (data[1] << 8)
+            items.append(_new(OrderItem, (int.from_bytes(place, "big"), data[2:end], data[end:-8])))
+        return items
+
+    def names(self, prefix: bytes) -> list[bytes]:
+        """All names with this prefix, sorted."""
+        env = self._env
+
+        def work(txn: Any) -> list[bytes]:
+            cursor = txn.cursor(env.index)
+            found: list[bytes] = []
+            if cursor.set_range(prefix) if prefix else cursor.first():
+                for name in cursor.iternext(values=False):
+                    if not name.startswith(prefix):
+                        break
+                    found.append(name)
+            return found
+
+        return env.read(work)
+
+    def __len__(self) -> int:
+        """The number of keys. O(1)."""
+        env = self._env
+        return env.read(lambda txn: _count(txn, env.order))
+
+    def version(self) -> int:
+        """The version of the newest commit."""
+        return self._env.read(_version)
+
+    def last_seq(self) -> int:
+        """The greatest place in use, 0 where the index is empty. O(1)."""
+        env = self._env
+        return env.read(lambda txn: _last(txn.cursor(env.order)))
+
+    def meta(self, name: bytes) -> bytes | None:
+        """A setting of the chest."""
+        env = self._env
+        data = env.read(lambda txn: txn.get(name, db=env.meta))
+        return None if data is None else self._plain("a setting", name, data)
+
+    def nbytes(self) -> int:
+        """The size of the index's file."""
+        return os.stat(self._env.data).st_size
+
+    # --- writing
+
+    def commit(
+        self,
+        puts: Sequence[Put] = (),
+        deletes: Sequence[bytes] = (),
+        *,
+        notes: Callable[[dict[bytes, Record]], Sequence[bytes]] | None = None,
+        meta: dict[bytes, bytes] | None = None,
+    ) -> Commit:
+        """Write all of it or nothing; durable on return if the index was opened with ``sync``.
+
+        A new key whose place is taken (two processes have counted alike) moves behind the last one, and so do the new
+        keys after it, which keep their order.
+
+        Raises:
+            DiskFullError: nothing was written, and nothing lost.
+            FailedError: the disk failed, or the folder was moved away.
+            CorruptError: the index is damaged where it was to be changed.
+        """
+        if not puts and not deletes and not meta and notes is None:
+            version = self.version()
+            return Commit(version, version)
+        batch = sorted(puts, key=itemgetter(0))
+        names = [put[0] for put in batch]
+        if deletes:
+            names = sorted([*names, *deletes])
+        if len(set(names)) != len(names):
+            raise ValueError("a name occurs twice in one commit")
+
+        def work(txn: Any) -> tuple[Commit, bool]:
+            return self._write(txn, puts, batch, deletes, names, notes, meta or {})
+
+        commit: Commit = self._committed(work)
+        return commit
+
+    def _committed(self, work: Callable[[Any], tuple[Any, bool]]) -> Any:
+        env = self._env
+        result = env.write(self._folder, work)
+        if self._sync:
+            if not env.sync:  # opened first by somebody who did not ask for it
+                env.sync_to_disk()
+            env.reader_check()
+        return result
+
+    def _write(
+        self,
+        txn: Any,
+        puts: Sequence[Put],
+        batch: list[Put],
+        deletes: Sequence[bytes],
+        names: list[bytes],
+        notes: Callable[[dict[bytes, Record]], Sequence[bytes]] | None,
+        meta: dict[bytes, bytes],
+    ) -> tuple[Commit, bool]:
+        env = self._env
+        version = txn.id()
+        order = txn.cursor(env.order)
+        was_empty = _count(txn, env.order) == 0
+        old = {} if was_empty else self._old(txn, order, names)
+        seqs = {name: record[1] for name, record in old.items()}  # those that stay where they are, below
+
+        for name in deletes:
+            if name in old:
+                txn.delete(name, db=env.index)
+                txn.delete(_place(seqs[name]), db=env.order)
+        moved = [put for put in puts if put[5] and put[0] in seqs] if seqs else []
+        for put in moved:
+            txn.delete(_place(seqs.pop(put[0])), db=env.order)
+        newcomers = [put for put in puts if put[0] not in seqs] if seqs else list(puts)
+        if newcomers:
+            self._give_places(order, newcomers, seqs)
+        records = []
+        digest, pack = _digest, _pack
+        for name, _, kind, body, _, _ in batch:  # sorted: neighbours share pages
+            data = pack(version, seqs[name], kind) + body
+            records.append((name, data + digest(name + data)))
+        if records:
+            _, added = txn.cursor(env.index).putmulti(records, append=was_empty)
+            if added != len(records):
+                raise damaged(self._folder, "there are records without a place in the order")
+
+        wrote = bool(records or meta or old.keys() & deletes)
+        if notes is not None:
+            left = notes({name: record for name, record in old.items() if record[2]})
+            wrote = _add(txn, env.pending, left) or wrote
+        for name, setting in meta.items():
+            txn.put(name, setting + _digest(name + setting), db=env.meta)
+        return Commit(version if wrote else version - 1, version - 1), wrote
+
+    def _old(self, txn: Any, order: Any, names: list[bytes]) -> dict[bytes, Record]:
+        """The records that are there already. A damaged one does not keep its key from being written or deleted."""
+        old: dict[bytes, Record] = {}
+        lost = set()
+        for name, data in txn.cursor(self._env.index).getmulti(names):
+            if _digest(name + data[:-8]) == data[-8:]:
+                old[name] = _new(Record, (*_unpack(data), data[_HEAD_SIZE:-8]))
+            else:
+                lost.add(name)
+        if lost and order.first():  # their places stand in the order only
+            for place, data in order.iternext():
+                name = data[2 : 2 + data[0] + (data[1] << 8)]
+                if name in lost:
+                    old[name] = Record(0, int.from_bytes(place, "big"), 0, b"")
+        return old
+
+    def _give_places(self, order: Any, newcomers: list[Put], seqs: dict[bytes, int]) -> None:
+        """Enter new keys into the order, behind its end where their own places are taken."""
+        newcomers.sort(key=itemgetter(1))
+        last = _last(order)
+        free = last + 1
+        places = [put[1] for put in newcomers]
+        appends = places[0] > last and len(set(places)) == len(places)
+        if not appends:
+            taken = {int.from_bytes(place, "big") for place in order.getmulti(map(_place, places), values=False)}
+            bumped = False
+            for number, seq in enumerate(places):
+                bumped = bumped or seq in taken
+                if bumped:
+                    seq = places[number] = max(free, seq)
+                taken.add(seq)
+                free = max(free, seq + 1)
+        items = []
+        digest, pack = _digest, _LENGTH.pack
+        for (name, _, _, _, typed, _), seq, place in zip(newcomers, places, map(_place, places), strict=True):
+            seqs[name] = seq
+            data = pack(len(name)) + name + typed
+            items.append((place, data + digest(place + data)))
+        _, added = order.putmulti(items, overwrite=False, append=appends)
+        if added != len(items):
+            raise damaged(self._folder, "two keys have one place in the order")
+
+    def settle(
+        self,
+        finish: Callable[[bytes, Callable[[bytes], Record | None]], bool],
+        *,
+        ready: Callable[[], None] | None = None,
+    ) -> tuple[Commit | None, int]:
+        """Call ``finish(note, get)`` for every note, oldest first, while no one else can commit; forget those done.
+
+        If it raises, none is forgotten: it must be able to do a thing twice. ``ready`` is called after the last one and
+        before they are forgotten: what they did must be durable then.
+        """
+        env = self._env
+        if not env.read(lambda txn: _count(txn, env.pending)):
+            return None, 0
+
+        def work(txn: Any) -> tuple[tuple[Commit | None, int], bool]:
+            def get(name: bytes) -> Record | None:
+                data = txn.get(name, db=env.index)
+                return None if data is None else self._record(name, data)
+
+            items = list(txn.cursor(env.pending).iternext())
+            done = [number for number, data in items if finish(self._plain("a note", number, data), get)]
+            if done and ready is not None:
+                ready()
+            for number in done:
+                txn.delete(number, db=env.pending)
+            version = txn.id()
+            return (Commit(version, version - 1) if done else None, len(items) - len(done)), bool(done)
+
+        result: tuple[Commit | None, int] = self._committed(work)
+        return result
+
+    # --- the rest
+
+    def busy(self) -> bool:
+        """Whether this thread is in the middle of a transaction (for finalizers, which run anywhere)."""
+        return get_ident() in _inside
+
+    def close(self) -> None:
+        """Let go of everything; a second call does nothing."""
+        env = self._env
+        if not isinstance(env, _Closed):
+            self._env = _Closed()  # type: ignore[assignment]
+            self.generation = memoryview(bytes(8)).cast("Q")
+            ENVIRONMENTS.release(env)
+
+    def _record(self, name: bytes, data: bytes) -> Record:
+        if _digest(name + data[:-8]) != data[-8:]:
+            self._refuse("a record", name)
+        record: Record = _new(Record, (*_unpack(data), data[_HEAD_SIZE:-8]))
+        return record
+
+    def _plain(self, what: str, key: bytes, data: bytes) -> bytes:
+        if _digest(key + data[:-8]) != data[-8:]:
+            self._refuse(what, key)
+        return data[:-8]
+
+    def _refuse(self, what: str, key: bytes) -> NoReturn:
+        raise damaged(self._folder, f"{what} ({key[:40]!r}) is not what was written")
+
+
+class _Closed:
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ClosedError("the index is closed")
+
+
+_place = struct.Struct(">Q").pack  # of a number, as a key that sorts as it does
+
+
+def _last(order: Any) -> int:
+    return int.from_bytes(order.key(), "big") if order.last() else 0
+
+
+def _version(txn: Any) -> int:
+    version: int = txn.id()
+    return version
+
+
+def _count(txn: Any, db: Any) -> int:
+    count: int = txn.stat(db)["entries"]
+    return count
+
+
+def _seek(cursor: Any, after: int | None, reverse: bool) -> bool:
+    """Whether the cursor stands on the first item beyond ``after``."""
+    if after is None:
+        return bool(cursor.last() if reverse else cursor.first())
+    if reverse:
+        if after <= 0:
+            return False
+        found = after < 2**64 and cursor.set_range(_place(after))
+        return bool(cursor.prev() if found else cursor.last())
+    if after >= 2**64 - 1:
+        return False
+    return bool(cursor.set_range(_place(max(0, after + 1))))
+
+
+def _add(txn: Any, pending: Any, notes: Iterable[bytes]) -> bool:
+    cursor = txn.cursor(pending)
+    last = _last(cursor)
+    added = False
+    for number, note in enumerate(notes, last + 1):
+        key = _place(number)
+        cursor.put(key, note + _digest(key + note), append=True)
+        added = True
+    return added

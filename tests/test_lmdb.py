@@ -1,0 +1,831 @@
+"""The default index, held to the contract of all indexes, and to what LMDB itself leaves to its callers."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import lmdb
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chest import _fs
+from chest.abc import Put
+from chest.engines import _datafile, _environment
+from chest.engines._environment import ENVIRONMENTS
+from chest.engines._gate import GATE, Gate
+from chest.engines._lmdb import LmdbIndex
+from chest.errors import CorruptError, DiskFullError, FailedError, NetworkPathError, PathError
+from chest.testing.index import IndexContract, all_items, check, put
+
+
+class TestLmdbIndex(IndexContract):
+    def make_index(self, folder: Path) -> LmdbIndex:
+        return LmdbIndex.open(str(folder / ".keys"), sync=False)
+
+
+class TestSyncedLmdbIndex(IndexContract):
+    def make_index(self, folder: Path) -> LmdbIndex:
+        return LmdbIndex.open(str(folder / ".keys"))
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> str:
+    return str(tmp_path / "chest" / ".keys")
+
+
+@pytest.fixture
+def index(keys: str) -> Iterator[LmdbIndex]:
+    index = LmdbIndex.open(keys, sync=False)
+    yield index
+    index.close()
+
+
+def in_another_process(code: str, *args: str) -> str:
+    source = "import sys\nfrom chest.abc import Put\nfrom chest.engines._lmdb import LmdbIndex\n" + code
+    done = subprocess.run([sys.executable, "-c", source, *args], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- against a model
+
+
+NAMES = st.sampled_from([b"a", b"b", b"c", b"d", b"e", b"f"])
+PUTS = st.lists(
+    st.builds(
+        Put,
+        NAMES,
+        st.integers(1, 9),
+        st.integers(0, 2),
+        st.binary(max_size=3),
+        st.binary(max_size=3),
+        st.booleans(),
+    ),
+    unique_by=lambda p: p.name,
+    max_size=4,
+)
+
+
+@given(st.lists(st.tuples(PUTS, st.lists(NAMES, unique=True, max_size=3)), max_size=8))
+def test_any_commits_give_what_a_dictionary_would(tmp_path_factory: pytest.TempPathFactory, commits: list) -> None:
+    index = LmdbIndex.open(str(tmp_path_factory.mktemp("model")), sync=False)
+    try:
+        model: dict[bytes, tuple[int, bytes, bytes]] = {}
+        for puts, deletes in commits:
+            gone = [name for name in deletes if name not in {p.name for p in puts}]
+            told: list[set[bytes]] = []
+
+            def notes(replaced: dict, told: list = told) -> list[bytes]:
+                told.append(set(replaced))
+                return []
+
+            index.commit(puts, gone, notes=notes)
+            touched = {p.name for p in puts} | set(gone)
+            assert told[-1] == {name for name in touched if name in model and model[name][0]}
+            for name in gone:
+                model.pop(name, None)
+            for p in puts:
+                typed = model[p.name][2] if p.name in model and not p.fresh else p.typed
+                model[p.name] = (p.kind, p.body, typed)
+        check(index)
+        items = index.page()
+        records = index.get_many([item.name for item in items])[1]
+        assert model == {
+            i.name: (r.kind, r.body, i.typed) for i, r in zip(items, records, strict=True) if r is not None
+        }
+    finally:
+        index.close()
+
+
+# --- one environment for all
+
+
+def test_two_handles_of_one_process_share_one_environment(keys: str, index: LmdbIndex, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(Path(keys).parent)
+    other = LmdbIndex.open(str(tmp_path / "link" / ".keys"), sync=False)
+    assert other._env is index._env
+    other.commit([put("a", 1)])
+    other.close()
+    assert index.get(b"a") is not None
+    index.commit([put("b", 2)])
+
+
+def test_the_last_handle_closes_the_environment(keys: str) -> None:
+    first, second = LmdbIndex.open(keys, sync=False), LmdbIndex.open(keys, sync=False)
+    env = first._env
+    first.close()
+    first.close()
+    assert second.get(b"x") is None
+    second.close()
+    assert env not in ENVIRONMENTS._open.values()
+    LmdbIndex.open(keys, sync=False).close()
+
+
+def test_threads_that_open_and_close_at_once_share_it(keys: str) -> None:
+    problems: list[BaseException] = []
+
+    def use(n: int) -> None:
+        try:
+            for step in range(20):
+                index = LmdbIndex.open(keys, sync=False)
+                index.commit([put(f"{n} {step}", index.last_seq() + 1)])
+                index.close()
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=use, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems, problems
+    index = LmdbIndex.open(keys, sync=False)
+    assert len(index) == 80
+    index.close()
+
+
+def test_a_handle_that_asks_for_syncing_gets_it_in_an_environment_without(
+    keys: str, index: LmdbIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    monkeypatch.setattr(index._env, "sync_to_disk", lambda: synced.append(1))
+    careful = LmdbIndex.open(keys, sync=True)
+    index.commit([put("a", 1)])
+    assert not synced
+    careful.commit([put("b", 2)])
+    assert synced
+    careful.close()
+
+
+def test_other_processes_commits_are_seen_at_once(keys: str, index: LmdbIndex) -> None:
+    index.commit([put("a", 1)])
+    seen = index.version()
+    out = in_another_process(
+        "i = LmdbIndex.open(sys.argv[1])\nc = i.commit([Put(b'b', 2, 0, b'B')])\nprint(c.before, c.version)\ni.close()",
+        keys,
+    )
+    before, version = map(int, out.split())
+    assert before == seen
+    assert index.generation[0] == index.version() == version
+    record = index.get(b"b")
+    assert record is not None
+    assert record.body == b"B"
+
+
+def test_a_process_that_dies_in_a_commit_leaves_nothing_of_it(keys: str, index: LmdbIndex) -> None:
+    index.commit([put("a", 1)])
+    seen = index.version()
+    in_another_process(
+        "import os\n"
+        "i = LmdbIndex.open(sys.argv[1], sync=False)\n"
+        "env = i._env\n"
+        "def die(txn):\n"
+        "    txn.put(b'x', b'y', db=env.index)\n"
+        "    env.generation[0] = txn.id()\n"
+        "    os._exit(0)\n"
+        "env.write(i._folder, die)\n",
+        keys,
+    )
+    assert index.version() == seen
+    assert index.generation[0] != seen  # readers look again, and are never wrong
+    assert index.get(b"x") is None
+    index.commit([put("b", 2)])
+    assert index.generation[0] == index.version() != seen
+
+
+def test_opening_brings_a_generation_back_that_a_crash_left_ahead(keys: str) -> None:
+    index = LmdbIndex.open(keys, sync=False)
+    index.commit([put("a", 1)])
+    index._env.generation[0] += 1
+    index.close()
+    index = LmdbIndex.open(keys, sync=False)
+    assert index.generation[0] == index.version()
+    index.close()
+
+
+def test_a_scratch_index_keeps_what_it_has_when_other_handles_come_and_go(keys: str, index: LmdbIndex) -> None:
+    generation = index.generation
+    for n in range(50):
+        other = LmdbIndex.open(keys, sync=False)
+        other.commit([put(f"k{n}", n + 1)])
+        other.close()
+        assert generation[0] == index.version()
+    assert len(index) == 50
+
+
+# --- damage
+
+
+def mutate(index: LmdbIndex, db: str, key: bytes, at: int) -> None:
+    with index._env.begin(write=True) as txn:
+        database = getattr(index._env, db)
+        data = bytearray(txn.get(key, db=database))
+        data[at] ^= 1
+        txn.put(key, bytes(data), db=database)
+
+
+@pytest.mark.parametrize("at", [0, 8, 16, 17, 40, -1])
+def test_a_flipped_bit_in_a_record_is_damage(index: LmdbIndex, at: int) -> None:
+    index.commit([put("a", 1, b"b" * 50), put("b", 2)], notes=lambda _: [b"n"])
+    mutate(index, "index", b"a", at)
+    for read in (
+        lambda: index.get(b"a"),
+        lambda: index.get_many([b"b", b"a"]),
+        lambda: index.settle(lambda note, get: get(b"a") is None),
+    ):
+        with pytest.raises(CorruptError, match="damaged"):
+            read()
+    assert index.get(b"b") is not None
+
+
+def test_flipped_bits_in_order_notes_and_settings_are_damage(index: LmdbIndex) -> None:
+    index.commit([put("a", 1)], notes=lambda _: [b"note"], meta={b"m": b"setting"})
+    for db, key, at in (
+        ("order", (1).to_bytes(8, "big"), 0),
+        ("order", (1).to_bytes(8, "big"), 2),
+        ("pending", (1).to_bytes(8, "big"), 0),
+        ("meta", b"m", 0),
+    ):
+        mutate(index, db, key, at)
+        with pytest.raises(CorruptError):
+            {"order": index.page, "pending": index.notes, "meta": lambda: index.meta(b"m")}[db]()
+        mutate(index, db, key, at)
+
+
+def test_a_record_under_another_name_is_damage(index: LmdbIndex) -> None:
+    index.commit([put("a", 1, b"A"), put("b", 2, b"B")])
+    with index._env.begin(write=True) as txn:
+        txn.put(b"a", txn.get(b"b", db=index._env.index), db=index._env.index)
+    with pytest.raises(CorruptError):
+        index.get(b"a")
+
+
+def test_a_record_that_was_cut_short_is_damage(index: LmdbIndex) -> None:
+    index.commit([put("a", 1)])
+    for length in range(25):
+        with index._env.begin(write=True) as txn:
+            txn.put(b"a", txn.get(b"a", db=index._env.index)[:length], db=index._env.index)
+        with pytest.raises(CorruptError):
+            index.get(b"a")
+
+
+def test_a_damaged_record_can_be_overwritten_and_deleted(index: LmdbIndex) -> None:
+    index.commit([put("a", 1, kind=1), put("b", 2, kind=1), put("c", 3)])
+    mutate(index, "index", b"a", 20)
+    mutate(index, "index", b"b", 20)
+    index.commit([put("a", 7, b"good")], [b"b"], notes=lambda replaced: [*replaced])
+    check(index)
+    assert all_items(index) == [(1, b"a"), (3, b"c")]
+    assert index.notes() == []  # what a damaged record refers to is not known
+
+
+@pytest.fixture
+def filled(keys: str) -> str:
+    index = LmdbIndex.open(keys, sync=False)
+    index.commit([put(f"k{n}", n + 1, os.urandom(500)) for n in range(500)])
+    index.commit([put(f"k{n}", n + 1, os.urandom(500)) for n in range(0, 500, 3)])
+    index.close()
+    return keys
+
+
+@pytest.mark.parametrize("size", [1, 100, 4096, 8191, 8192, 3 * 4096, -4096, -1])
+def test_a_truncated_file_is_damage_and_no_signal(filled: str, size: int) -> None:
+    data = os.path.join(filled, "data.mdb")
+    os.truncate(data, size if size > 0 else os.stat(data).st_size + size)
+    with pytest.raises(CorruptError, match=r"data\.mdb"):
+        LmdbIndex.open(filled)
+    assert os.stat(data).st_size > 0
+
+
+def test_a_file_that_lacks_free_pages_only_is_whole(tmp_path: Path) -> None:
+    """LMDB does not write pages that were allocated and freed in one transaction."""
+    short = 0
+    for seed in range(8):
+        rng = random.Random(seed)
+        folder = str(tmp_path / str(seed))
+        index = LmdbIndex.open(folder, sync=False)
+        names: set[str] = set()
+        for _ in range(25):
+            n = rng.choice([1, 3, 30, 300])
+            if rng.random() < 0.5:
+                new = {f"{rng.randrange(3000):05d}" for _ in range(n)}
+                index.commit([put(name, 1, rng.randbytes(rng.choice([20, 1500, 20_000]))) for name in sorted(new)])
+                names |= new
+            else:
+                gone = rng.sample(sorted(names), min(len(names), 2 * n))
+                index.commit([], [name.encode() for name in gone])
+                names -= set(gone)
+            expected = (index._env._env.info()["last_pgno"] + 1) * 4096
+            if os.stat(index._env.data).st_size < expected:
+                short += 1
+                assert _datafile.refuse_damaged(folder + "/../" + str(seed)) is False
+        index.close()
+        LmdbIndex.open(folder, sync=False).close()
+    assert short, "no such file was made: the test shows nothing"
+
+
+def test_what_is_no_index_is_refused_and_left_alone(keys: str) -> None:
+    os.makedirs(keys)
+    data = Path(keys, "data.mdb")
+    for content in (b"hello", b"hello" * 10_000, bytes(8192), os.urandom(20_000)):
+        data.write_bytes(content)
+        with pytest.raises(CorruptError):
+            LmdbIndex.open(keys)
+        assert data.read_bytes() == content
+
+
+def test_an_index_that_is_gone_is_not_taken_for_a_new_one(filled: str) -> None:
+    os.unlink(os.path.join(filled, "data.mdb"))
+    with pytest.raises(CorruptError, match="is gone"):
+        LmdbIndex.open(filled)
+
+
+@pytest.mark.parametrize("name", ["data.mdb", "lock.mdb", "generation"])
+@pytest.mark.parametrize("what", ["link", "fifo", "folder"])
+def test_anything_but_a_file_in_its_place_is_refused(filled: str, tmp_path: Path, name: str, what: str) -> None:
+    path = Path(filled, name)
+    path.rename(tmp_path / "elsewhere")
+    if what == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+    elif what == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(CorruptError, match=name):
+        LmdbIndex.open(filled)
+
+
+def test_random_damage_to_the_meta_pages_is_an_error_or_harmless(filled: str) -> None:
+    data = Path(filled, "data.mdb")
+    whole = data.read_bytes()
+    rng = random.Random(1)
+    code = (
+        "from chest.errors import ChestError\n"
+        "try:\n"
+        "    i = LmdbIndex.open(sys.argv[1], sync=False)\n"
+        "    for n in range(500):\n"
+        "        r = i.get(b'k%d' % n)\n"
+        "        assert r is None or (r.seq, len(r.body)) == (n + 1, 500)\n"
+        "except ChestError:\n"
+        "    pass\n"
+    )
+    for _ in range(6):
+        at = rng.choice([24, 28, 44, 136, 137, 4096 + 136, 4096 + 137, 4096 + 24])
+        data.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << rng.randrange(8))]) + whole[at + 1 :])
+        in_another_process(code, filled)
+
+
+# --- the folder
+
+
+def test_the_folder_is_made_for_its_owner_alone(index: LmdbIndex, keys: str) -> None:
+    assert os.stat(keys).st_mode & 0o777 == 0o700
+    for name in ("data.mdb", "lock.mdb", "generation"):
+        assert os.stat(os.path.join(keys, name)).st_mode & 0o777 == 0o600
+
+
+def test_the_lock_file_has_no_holes(index: LmdbIndex, keys: str) -> None:
+    found = os.stat(os.path.join(keys, "lock.mdb"))
+    assert found.st_blocks * 512 >= found.st_size > 60_000
+    assert index._env._env.max_readers() >= 1024
+    assert sorted(os.listdir(keys)) == ["data.mdb", "generation", "lock.mdb"]
+
+
+def test_new_folders_are_synced_up_to_the_one_that_was_there(keys: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(_fs, "fsync_folder", synced.append)
+    LmdbIndex.open(keys).close()
+    root = os.path.dirname(keys)
+    assert synced == [keys, root, os.path.dirname(root)]
+    LmdbIndex.open(keys).close()
+    assert len(synced) == 3
+
+
+def test_no_index_is_made_where_none_is_wanted(keys: str) -> None:
+    with pytest.raises(PathError, match="no index"):
+        LmdbIndex.open(keys, create=False)
+    assert not os.path.exists(keys)
+
+
+def test_a_path_that_cannot_hold_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    for path in (tmp_path / "file", tmp_path / "file" / ".keys"):
+        with pytest.raises(PathError):
+            LmdbIndex.open(str(path))
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(PathError):
+        LmdbIndex.open(str(tmp_path / ".keys"))
+
+
+def test_a_network_file_system_is_refused_on_request(keys: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_fs, "_file_system", lambda path: "nfs4")
+    with pytest.raises(NetworkPathError, match="nfs4"):
+        LmdbIndex.open(keys, network=False)
+    assert not os.path.exists(keys)
+    LmdbIndex.open(keys).close()
+
+
+@pytest.mark.parametrize("name", ["data.mdb", "lock.mdb", "generation"])
+def test_a_commit_into_a_file_that_was_removed_fails(keys: str, name: str) -> None:
+    index = LmdbIndex.open(keys)
+    index.commit([put("a", 1)])
+    os.unlink(os.path.join(keys, name))
+    with pytest.raises(FailedError, match=name):
+        index.commit([put("b", 2)])
+    assert index.get(b"a") is not None
+    assert index.get(b"b") is None
+    index.close()
+
+
+def test_a_commit_into_a_folder_that_was_removed_fails_and_reading_goes_on(keys: str) -> None:
+    import shutil
+
+    for sync in (True, False):
+        index = LmdbIndex.open(keys, sync=sync)
+        index.commit([put("a", 1)])
+        shutil.rmtree(keys)
+        with pytest.raises(FailedError):
+            index.commit([put("b", 2)])
+        assert index.get(b"a") is not None
+        again = LmdbIndex.open(keys, sync=sync)  # another one in the same place
+        assert len(again) == 0
+        again.commit([put("c", 1)])
+        with pytest.raises(FailedError):
+            index.commit([put("b", 2)])
+        again.close()
+        index.close()
+        shutil.rmtree(keys)
+
+
+def test_a_folder_that_was_renamed_can_be_used_under_its_new_name(keys: str, tmp_path: Path) -> None:
+    index = LmdbIndex.open(keys)
+    index.commit([put("a", 1)])
+    os.rename(os.path.dirname(keys), tmp_path / "moved")
+    assert index.get(b"a") is not None
+    with pytest.raises(FailedError):
+        index.commit([put("b", 2)])
+    other = LmdbIndex.open(str(tmp_path / "moved" / ".keys"))
+    assert other._env is index._env
+    other.commit([put("c", 3)])
+    assert index.get(b"c") is not None
+    os.rename(tmp_path / "moved", os.path.dirname(keys))
+    index.commit([put("d", 4)])  # back again
+    assert len(index) == 3
+    index.close()
+    other.close()
+
+
+def test_opening_and_closing_leaves_no_descriptors(keys: str) -> None:
+    LmdbIndex.open(keys, sync=False).close()
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for _ in range(50):
+        LmdbIndex.open(keys, sync=False).close()
+    assert not before or len(os.listdir("/proc/self/fd")) <= before
+
+
+# --- the map
+
+
+def test_a_small_map_grows_under_readers_and_writers(keys: str) -> None:
+    index = LmdbIndex.open(keys, sync=False, map_size=256 << 10)
+    problems: list[BaseException] = []
+    stop = threading.Event()
+
+    def read() -> None:
+        try:
+            while not stop.is_set():
+                items = index.page(None, 20, reverse=True)
+                assert all(r is None or len(r.body) == 2000 for r in index.get_many([i.name for i in items])[1])
+                for item in items:
+                    index.get(item.name)
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for n in range(100):
+        index.commit([put(f"{n} {m}", n * 20 + m + 1, bytes(2000)) for m in range(20)])
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not problems, problems
+    assert index._env.map_size > 256 << 10
+    assert len(index) == 2000
+    check(index)
+    assert GATE.inside == []
+    index.close()
+
+
+def test_a_map_that_another_process_outgrew_is_enlarged(keys: str) -> None:
+    index = LmdbIndex.open(keys, sync=False, map_size=256 << 10)
+    in_another_process(
+        "i = LmdbIndex.open(sys.argv[1], sync=False)\n"
+        "i.commit([Put(b'k%d' % n, n + 1, 0, bytes(2000)) for n in range(1000)])\n",
+        keys,
+    )
+    record = index.get(b"k999")
+    assert record is not None
+    assert record.seq == 1000
+    assert len(index) == 1000
+    index.commit([put("new", 5000)])
+    assert index._env.map_size >= 2_000_000
+    index.close()
+
+
+def test_settling_survives_a_full_map(keys: str) -> None:
+    index = LmdbIndex.open(keys, sync=False, map_size=128 << 10)
+    for n in range(60):
+        index.commit([put(f"k{n}", n + 1, bytes(3000))], notes=lambda _: [b"n" * 200])
+        assert index.settle(lambda note, get: True)[1] == 0
+    check(index)
+    index.close()
+
+
+def test_little_address_space_means_a_smaller_map(keys: str) -> None:
+    code = (
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
+        "i = LmdbIndex.open(sys.argv[1], sync=False)\n"
+        "print(i._env.map_size)\n"
+        "i.commit([Put(b'a', 1, 0, b'b')])\n"
+        "try:\n"
+        "    for n in range(3000):\n"
+        "        i.commit([Put(b'%d %d' % (n, m), n * 100 + m + 2, 0, bytes(60_000)) for m in range(100)])\n"
+        "except MemoryError as error:\n"
+        "    assert 'address space' in str(error)\n"
+        "    assert i.get(b'a').body == b'b'\n"
+        "    print('refused')\n"
+    )
+    size, refused = in_another_process(code, keys).split()
+    assert 64 << 20 <= int(size) < 1 << 30
+    assert refused == "refused"
+
+
+def test_the_gate_lets_one_in_alone_and_makes_the_others_wait() -> None:
+    gate = Gate()
+    alone = threading.Event()
+    go_on = threading.Event()
+    log: list[str] = []
+
+    def shut() -> None:
+        with gate.alone():
+            alone.set()
+            go_on.wait()
+            log.append("alone")
+
+    def enter() -> None:
+        ident = threading.get_ident()
+        try:
+            gate.inside.append(ident)
+            if gate.shut:
+                gate.wait(ident)
+            log.append("inside")
+        finally:
+            gate.inside.remove(ident)
+
+    first = threading.Thread(target=shut)
+    first.start()
+    alone.wait()
+    second = threading.Thread(target=enter)
+    second.start()
+    go_on.set()
+    first.join()
+    second.join()
+    assert log == ["alone", "inside"]
+    assert gate.inside == []
+
+
+def test_who_is_inside_already_is_not_kept_waiting_and_cannot_be_alone() -> None:
+    gate = Gate()
+    ident = threading.get_ident()
+    gate.inside += [ident, ident]
+    gate.shut = True
+    gate.wait(ident)
+    with pytest.raises(RuntimeError), gate.alone():
+        pass
+
+
+def test_a_commit_inside_of_a_commit_is_refused_instead_of_waiting_for_itself(index: LmdbIndex) -> None:
+    def notes(_: object) -> list[bytes]:
+        assert index.busy()
+        index.commit([put("b", 2)])
+        return []
+
+    with pytest.raises(RuntimeError, match="middle of a commit"):
+        index.commit([put("a", 1)], notes=notes)
+    assert not index.busy()
+    index.commit([put("a", 1)])
+
+
+def test_dead_readers_are_cleared(keys: str, index: LmdbIndex) -> None:
+    in_another_process(
+        "import os\n"
+        "i = LmdbIndex.open(sys.argv[1], sync=False)\n"
+        "t = [i._env.begin() for _ in range(1086 - 1)]\n"
+        "os._exit(0)\n",
+        keys,
+    )
+    index.commit([put("a", 1)])
+    held = [index._env.begin() for _ in range(3)]
+    assert index.get(b"a") is not None
+    for txn in held:
+        txn.abort()
+
+
+def test_a_full_table_of_readers_is_cleared_of_the_dead(keys: str) -> None:
+    index = LmdbIndex.open(keys, sync=False)
+    index.commit([put("a", 1)])
+    slots = index._env._env.max_readers()
+    in_another_process(
+        "import os\n"
+        "i = LmdbIndex.open(sys.argv[1], sync=False)\n"
+        f"t = [i._env.begin() for _ in range({slots})]\n"
+        "os._exit(0)\n",
+        keys,
+    )
+    assert index.get(b"a") is not None
+    assert len(index) == 1
+    index.close()
+
+
+# --- the disk
+
+
+def test_ready_is_called_between_the_last_note_and_forgetting(index: LmdbIndex) -> None:
+    log: list[str] = []
+    index.commit(notes=lambda _: [b"1", b"2"])
+
+    def finish(note: bytes, get: object) -> bool:
+        log.append(note.decode())
+        return True
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        index.settle(finish, ready=fail)
+    assert index.notes() == [b"1", b"2"]
+    index.settle(finish, ready=lambda: log.append("ready"))
+    assert log == ["1", "2", "1", "2", "ready"]
+    assert index.notes() == []
+
+
+class Failing:
+    """A transaction whose commit fails as LMDB's does when the kernel could not write."""
+
+    def __init__(self, txn: object, error: Exception) -> None:
+        self._txn = txn
+        self._error = error
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._txn, name)
+
+    def commit(self) -> None:
+        self._txn.abort()  # type: ignore[attr-defined]
+        raise self._error
+
+
+def fail_commits(monkeypatch: pytest.MonkeyPatch, index: LmdbIndex, error: Exception) -> None:
+    begin = index._env.begin
+    monkeypatch.setattr(
+        index._env, "begin", lambda *a, **k: Failing(begin(*a, **k), error) if k.get("write") else begin(*a, **k)
+    )
+
+
+def test_after_a_failed_commit_nothing_more_is_written_and_everything_read(
+    index: LmdbIndex, keys: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index.commit([put("a", 1)])
+    other = LmdbIndex.open(keys, sync=False)
+    with monkeypatch.context() as patch:
+        fail_commits(patch, index, lmdb.Error("mdb_txn_commit", errno.EIO))
+        with pytest.raises(FailedError, match="could not be written") as caught:
+            index.commit([put("b", 2)])
+        assert isinstance(caught.value.__cause__, lmdb.Error)
+    for handle in (index, other):
+        with pytest.raises(FailedError):
+            handle.commit([put("b", 2)])
+        assert handle.get(b"a") is not None
+        assert len(handle) == 1
+    # Whether the commit became visible is unknown: readers must go on looking.
+    assert index.generation[0] != index.version()
+    other.close()
+    index.close()
+    again = LmdbIndex.open(keys, sync=False)
+    again.commit([put("b", 2)])
+    assert len(again) == 2
+    again.close()
+
+
+def test_a_panic_makes_the_environment_readable_again_but_not_writable(
+    index: LmdbIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index.commit([put("a", 1)])
+    env = index._env
+    begin = env.begin
+
+    def panic(*args: object, **options: object) -> object:
+        raise lmdb.PanicError("mdb_txn_begin", -30795)
+
+    env.begin = panic
+    assert index.get(b"a") is not None
+    assert env.begin is not begin
+    with pytest.raises(FailedError):
+        index.commit([put("b", 2)])
+    assert len(index) == 1
+
+
+def test_a_commit_on_a_full_disk_says_so_and_the_index_stays_usable(
+    index: LmdbIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index.commit([put("a", 1)])
+    with monkeypatch.context() as patch:
+        patch.setattr(_fs, "disk_is_full", lambda path: True)
+        fail_commits(patch, index, lmdb.Error("mdb_txn_commit", errno.EIO))
+        with pytest.raises(DiskFullError) as caught:
+            index.commit([put("b", 2)])
+        assert caught.value.errno == errno.ENOSPC
+    assert index.generation[0] == index.version()
+    index.commit([put("b", 2)])
+    assert len(index) == 2
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "tmpfs"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "chest-test", str(place)], capture_output=True)
+    if made.returncode:
+        pytest.skip("cannot mount a tmpfs (needs root)")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up_loses_nothing_and_room_mends_it(tmpfs: Path) -> None:
+    keys = str(tmpfs / ".keys")
+    index = LmdbIndex.open(keys)
+    done = 0
+    with pytest.raises(DiskFullError) as caught:
+        for n in range(1000):
+            index.commit([put(f"k{n}", n + 1, bytes(60_000))])
+            done = n + 1
+    assert caught.value.errno == errno.ENOSPC
+    assert 50 < done < 140
+    assert len(index) == done
+    assert index.generation[0] == index.version()
+    check(index)
+    with pytest.raises(DiskFullError):
+        LmdbIndex.open(str(tmpfs / "another" / ".keys"))
+    for n in range(0, done, 2):
+        index.commit([], [f"k{n}".encode()])
+    index.commit([put("new", 5000, bytes(60_000))])
+    check(index)
+    assert index._env.failed is None
+    index.close()
+    again = LmdbIndex.open(keys)
+    assert len(again) == done - (done + 1) // 2 + 1
+    again.close()
+
+
+def test_a_full_disk_does_not_leave_a_stump_that_looks_like_damage(tmpfs: Path) -> None:
+    ballast = tmpfs / "ballast"
+    with open(ballast, "wb", buffering=0) as file:
+        size = 4096
+        with pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(bytes(size))
+    full = os.stat(ballast).st_size
+    keys = str(tmpfs / "chest" / ".keys")
+    for room in range(0, 40):
+        os.truncate(ballast, full - room * 4096)
+        try:
+            LmdbIndex.open(keys).close()
+        except DiskFullError:
+            continue
+        break
+    index = LmdbIndex.open(keys)
+    index.close()
+
+
+def test_no_thread_is_left_inside_of_the_gate() -> None:
+    assert GATE.inside == []
+    assert not GATE.shut
+
+
+def test_limits_of_this_machine_do_not_stop_the_default_map() -> None:
+    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY and sys.maxsize > 2**32:
+        assert _environment.MAP_SIZE == 256 << 30
