@@ -7,8 +7,8 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := -m pip install --quiet --quiet --disable-pip-version-check --no-warn-script-location
 
-# Of the suite on the oldest and the newest interpreter of this machine: everything but the slow tests.
-OTHERS_PYTEST ?= -q -m "not slow"
+# Of the suite on the oldest and the newest interpreter of this machine: all but what is slow or is about faults.
+OTHERS_PYTEST ?= -q -m "not slow and not torture"
 PYTEST_ARGS   ?=
 
 .PHONY: help demo test lint test-others test-one torture bench clean

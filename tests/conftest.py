@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
 
 import pytest
@@ -68,16 +68,30 @@ def _kept_by_multiprocessing() -> set[str]:
     return names
 
 
+_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        item.stash[_FAILED] = True
+    return report
+
+
 @pytest.fixture(autouse=True)
-def _no_leaks() -> Iterator[None]:
+def _no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     """No thread and no open file outlives the test that started it.
 
     A file that is merely forgotten warns when it is collected, and warnings are errors; this guard finds what is held
-    for ever: descriptors without an object, and registries that nobody empties.
+    for ever: descriptors without an object, and registries that nobody empties. It is silent where the test has failed:
+    the traceback holds what the test had open.
     """
     threads = set(threading.enumerate())
     before = _descriptors()
     yield
+    if request.node.stash.get(_FAILED, False):
+        return
     for thread in set(threading.enumerate()) - threads:
         thread.join(timeout=5)  # one that is on its way out is no leak
         assert not thread.is_alive(), f"the test left a thread running: {thread}"

@@ -14,6 +14,7 @@ import functools
 import gc
 import io
 import ipaddress
+import itertools
 import logging
 import mmap
 import os
@@ -210,7 +211,7 @@ def with_many_attributes() -> WithDict:
 # Made anew for each test. What cannot change all the way down stands in IMMUTABLE.
 MUTABLE: dict[str, Callable[[], Any]] = {
     "list": lambda: [1, "a", None],
-    "empty list": lambda: [],
+    "empty list": list,
     "dict": lambda: {"a": 1},
     "set": lambda: {1, 2},
     "bytearray": lambda: bytearray(b"abc"),
@@ -600,7 +601,7 @@ def test_data_frames_are_held_only_by_references_to_themselves() -> None:
 
     grab(Slot(frame()), lambda v: [v], Held.VALUE)
     grab(Slot({"frame": frame(), "series": frame()["x"]}), lambda v: v["frame"], Held.INNER)
-    grab(Slot([frame(), frame().index]), lambda v: v[0].copy and None or v[1], Held.INNER)
+    grab(Slot([frame(), frame().index]), lambda v: (v[0].copy and None) or v[1], Held.INNER)
     entry = Slot(frame())
     column = entry.value["x"]
     assert ask(entry) is Held.NO
@@ -689,7 +690,7 @@ def test_an_interrupted_walk_leaves_no_references() -> None:
 
 def under_trace(f: Callable[[], Any]) -> Any:
     old = sys.gettrace()
-    sys.settrace(lambda *_: (lambda *_: None))
+    sys.settrace(lambda *_: lambda *_: None)
     try:
         return f()
     finally:
@@ -960,7 +961,7 @@ def test_every_written_byte_lies_in_a_range_and_no_range_lies_in_an_unwritten_pa
         if ranges is None:
             pytest.skip("the kernel does not tell")
         assert all(0 <= a < b <= length for a, b in ranges)
-        assert all(b < c for (_, b), (c, _) in zip(ranges, ranges[1:], strict=False))
+        assert all(b < c for (_, b), (c, _) in itertools.pairwise(ranges))
         assert {page for a, b in ranges for page in range((start + a) // PAGE, -(-(start + b) // PAGE))} == expected
 
 

@@ -48,7 +48,9 @@ DATA = {"x": [1, 2, 3], "_y": "text", ("a", "b"): np.arange(20_000), 5: {"five":
 
 
 def equal(c: Any, data: dict[Any, Any]) -> bool:
-    return list(c) == list(data) and all(np.array_equal(c[k], v) if isinstance(v, np.ndarray) else c[k] == v for k, v in data.items())
+    return list(c) == list(data) and all(
+        np.array_equal(c[k], v) if isinstance(v, np.ndarray) else c[k] == v for k, v in data.items()
+    )
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -65,7 +67,7 @@ def test_an_old_folder_opens_and_reading_leaves_it_as_it_is(tmp_path: Path, prot
         assert list(reversed(c)) == list(DATA)[::-1]
         assert "q" not in c
         c.flush()
-        assert pickle.load(open(c.key_to_filename("x"), "rb")) == [1, 2, 3]  # noqa: SIM115
+        assert pickle.loads(Path(c.key_to_filename("x")).read_bytes()) == [1, 2, 3]
     assert contents(path) == before
 
 

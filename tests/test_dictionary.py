@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from test import mapping_tests  # CPython's
 from typing import Any
 
 import pytest
+from test import mapping_tests  # CPython's
 
 from chest import Chest
 
@@ -105,7 +105,7 @@ def test_order_is_insertion_order_and_kept_when_a_key_is_set_again(make: Make) -
     assert list(c) == [*keys[1:], keys[0]]
     c.flush()
     assert list(c) == [*keys[1:], keys[0]]
-    assert list(reversed(c.items()))[0] == (keys[0], "moved")
+    assert next(reversed(c.items())) == (keys[0], "moved")
 
 
 def test_order_survives_that_later_values_are_spilled_first() -> None:
@@ -150,8 +150,36 @@ def test_equal_keys_are_one_key_and_the_first_gives_its_type(make: Make) -> None
 
 
 def test_different_keys_never_meet(make: Make) -> None:
-    keys: list[Any] = [1, "1", b"1", "X", "x", "_a", ("a", "b"), ("_a", "b"), ("a",), "a", (("a", "b"),), None, "None", ""]
-    keys += ["../../x", "a/b", ".keys", "CON", "\x00", "\ud800", "é", "e\u0301", "k" * 600, "k" * 601, frozenset({1}), (1,)]
+    keys: list[Any] = [
+        1,
+        "1",
+        b"1",
+        "X",
+        "x",
+        "_a",
+        ("a", "b"),
+        ("_a", "b"),
+        ("a",),
+        "a",
+        (("a", "b"),),
+        None,
+        "None",
+        "",
+    ]
+    keys += [
+        "../../x",
+        "a/b",
+        ".keys",
+        "CON",
+        "\x00",
+        "\ud800",
+        "é",
+        "e\u0301",
+        "k" * 600,
+        "k" * 601,
+        frozenset({1}),
+        (1,),
+    ]
     c = make((key, [n, "x" * 70_000]) for n, key in enumerate(keys))
     c.flush()
     for n, key in enumerate(keys):

@@ -31,7 +31,21 @@ class Repr:
 
 PLAIN = {"x": [1, 2, 3], "y": {"a": None, "b": [True, 2.5]}, "big": ["text"] * 30_000}
 
-SERIALIZERS = ["pickle", "json", "marshal", "cloudpickle", "dill", "joblib", json, marshal, pickle, cloudpickle, dill, joblib, Repr()]
+SERIALIZERS = [
+    "pickle",
+    "json",
+    "marshal",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    json,
+    marshal,
+    pickle,
+    cloudpickle,
+    dill,
+    joblib,
+    Repr(),
+]
 
 
 @pytest.mark.parametrize("serializer", SERIALIZERS, ids=lambda s: getattr(s, "__name__", str(type(s).__name__)))

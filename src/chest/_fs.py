@@ -422,8 +422,6 @@ def sweep_scratch(dir: str | None = None) -> int:
 
 
 def _is_stale(path: str) -> bool:
-    if path.endswith(_DEAD):  # the death of its owners was established when it got this name
-        return True
     keys = os.path.join(path, ".keys")
     tokens = owners(keys) if _is_own_folder(keys) else []
     # A folder without an owner is none of ours, or is being made just now.

@@ -197,9 +197,7 @@ def _unpickled(name: bytes, typed: bytes) -> Hashable:
     try:
         key: Hashable = pickle.loads(typed)
     except (pickle.UnpicklingError, EOFError) as error:
-        raise CorruptError(
-            f"Damaged index: the key named {short(name)} is no pickle. Run check on the chest."
-        ) from error
+        raise CorruptError(f"Damaged index: the key named {short(name)} is no pickle. Run check on the chest.") from error
     except Exception as error:
         raise LoadError(
             f"The key named {short(name)} cannot be loaded ({type(error).__name__}: {error}). "

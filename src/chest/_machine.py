@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 __all__ = ["DEFAULT_MEMORY", "machine_memory", "parse_memory"]
 
@@ -57,7 +58,7 @@ def parse_memory(limit: object) -> int:
         raise TypeError(f"available_memory cannot be {limit!r}; it is {_ACCEPTED}")
     if math.isnan(limit) or limit < 0:
         raise ValueError(f"available_memory cannot be {limit!r}; it is {_ACCEPTED}")
-    return sys.maxsize if math.isinf(limit) else min(math.floor(limit), sys.maxsize)
+    return sys.maxsize if math.isinf(limit) else min(int(cast(Any, limit)), sys.maxsize)
 
 
 def _parse_text(text: str) -> int:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from . import _fs
-from ._store import BLOB, Ref, Store
+from ._records import BLOB, Ref
+from ._store import Store
 from .abc import Index
 from .engines._files import FileBlobs
 from .engines._legacy import LegacyIndex, finish_upgrade, read_pairs
@@ -94,10 +95,10 @@ def _make_folder(path: str) -> None:
         try:
             os.makedirs(path, 0o700, exist_ok=True)
         except OSError as error:
-            raise PathError(f"the folder {path} cannot be created: {error.strerror}", path=path) from error
+            raise PathError(f"the folder {path} cannot be made: {error.strerror}. Choose another path.", path=path) from error
         return
     except OSError as error:
-        raise PathError(f"{path} cannot hold a chest: {error.strerror}", path=path) from error
+        raise PathError(f"{path} cannot hold a chest: {error.strerror}. Choose another path.", path=path) from error
     if not stat.S_ISDIR(mode):
         raise PathError(f"{path} is a file: a chest needs a folder. Choose another path.", path=path)
     if not os.access(path, os.W_OK | os.X_OK):

@@ -31,9 +31,7 @@ Plan = Callable[[Any], Parts]
 Size = Callable[[Any], int]
 
 ALL = 1024  # members up to here are all handed out, beyond that a sample
-GOLDEN = tuple(
-    i * 0.6180339887498949 % 1 for i in range(256)
-)  # the first k of these, for any k, are evenly spread over [0, 1)
+GOLDEN = tuple(i * 0.6180339887498949 % 1 for i in range(256))  # the first k of these, for any k, are evenly spread over [0, 1)
 HEADER = 112  # an array object beside its buffer
 _MANY_CHUNKS = 64
 

@@ -254,9 +254,7 @@ class _Walk:
         n = len(members)
         if budget < _OVERDRAFT:
             return sum(parts(member)[1] * weight for member, weight in zip(members[:4], weights)) * n / min(n, 4)  # noqa: B905
-        k = min(
-            n if n <= _FEW else _SAMPLE, max(1 if budget < -2 else 2, int(budget) // 2)
-        )  # two: one shows no sharing
+        k = min(n if n <= _FEW else _SAMPLE, max(1 if budget < -2 else 2, int(budget) // 2))  # two: one shows no sharing
         if k == n and not sampled:
             return self.units(members, weights, range(n), k, budget, depth, None)
         if k < n:
@@ -332,9 +330,7 @@ def _common(one: _Path, other: _Path) -> _Path:
 
 
 def _sum_leaves(members: Iterable[Any], kinds: set[type]) -> int:
-    if (
-        len(kinds) == 1
-    ):  # three times as fast; leaves have no header of the garbage collector, which getsizeof would add
+    if len(kinds) == 1:  # three times as fast; leaves have no header of the garbage collector, which getsizeof would add
         (kind,) = kinds
         size_of: Callable[[Any], int] = cast(Any, kind).__sizeof__
         return sum(map(size_of, members))
@@ -370,9 +366,7 @@ def _weights(distinct: dict[int, Any], members: Sequence[Any], n: int) -> float 
     if _refcount is None:
         return share if counts is None else [share if counts[key] == 1 else 1.0 for key in distinct]
     references = [r - _OWN_REFERENCES for r in _references(distinct)]
-    if counts is None and (
-        max(references) <= _TRUSTED_REFERENCES or sum(min(r, n) - 1 for r in references) * m / n / 2 > 4
-    ):
+    if counts is None and (max(references) <= _TRUSTED_REFERENCES or sum(min(r, n) - 1 for r in references) * m / n / 2 > 4):
         return share
     weights = []
     for key, r in zip(distinct, references, strict=True):

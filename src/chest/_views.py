@@ -88,8 +88,10 @@ def walk_items(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, 
 class Keys(KeysView[K]):
     """The keys of a chest, in insertion order."""
 
+    _mapping: Any
+
     def __reversed__(self) -> Iterator[K]:
-        return reversed(self._mapping)  # type: ignore[call-overload, no-any-return]
+        return iter(reversed(self._mapping))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._mapping!r})"
@@ -98,18 +100,20 @@ class Keys(KeysView[K]):
 class Items(ItemsView[K, V]):
     """The items of a chest, in insertion order; reading them leaves the memory tier as it is."""
 
+    _mapping: Any
+
     def __iter__(self) -> Iterator[tuple[K, V]]:
-        return walk_items(self._mapping)  # type: ignore[arg-type]
+        return walk_items(self._mapping)
 
     def __reversed__(self) -> Iterator[tuple[K, V]]:
-        return walk_items(self._mapping, reverse=True)  # type: ignore[arg-type]
+        return walk_items(self._mapping, reverse=True)
 
     def __contains__(self, item: object) -> bool:
         if not isinstance(item, tuple) or len(item) != 2:
             return False
         key, value = item
         try:
-            found = self._mapping._peek(key)  # type: ignore[attr-defined]
+            found = self._mapping._peek(key)
         except KeyError:
             return False
         return found is value or bool(found == value)
@@ -121,11 +125,13 @@ class Items(ItemsView[K, V]):
 class Values(ValuesView[V]):
     """The values of a chest, in insertion order; reading them leaves the memory tier as it is."""
 
+    _mapping: Any
+
     def __iter__(self) -> Iterator[V]:
-        return (value for _, value in walk_items(self._mapping))  # type: ignore[arg-type]
+        return (value for _, value in walk_items(self._mapping))
 
     def __reversed__(self) -> Iterator[V]:
-        return (value for _, value in walk_items(self._mapping, reverse=True))  # type: ignore[arg-type]
+        return (value for _, value in walk_items(self._mapping, reverse=True))
 
     def __contains__(self, value: object) -> bool:
         return any(found is value or found == value for found in self)

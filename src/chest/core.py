@@ -10,17 +10,16 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Hashable, ItemsView, Iterable, Iterator, KeysView, Mapping, MutableMapping, ValuesView
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import MappingProxyType, TracebackType
-from typing import Any, Generic, NamedTuple, TypeVar, cast, overload
+from typing import Any, NamedTuple, TypeVar
 
-from . import _fs, _lifetime, _views
-from ._keeper import Keeper
+from . import _fs, _lifetime
+from ._dictionary import Dictionary
 from ._keys import key_to_filename
 from ._opening import open_folder
 from ._sizing import nbytes, parse_memory
-from ._store import BLOB, Item
 from .errors import ChestError
 from .serializers import resolve
 
@@ -28,8 +27,6 @@ __all__ = ["Chest", "Stats", "key_to_filename", "nbytes"]
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
-
-_MISSING: Any = object()
 
 
 class Stats(NamedTuple):
@@ -51,7 +48,7 @@ def _open_many(filenames: Iterable[str], mode: str = "rb") -> Iterator[list[Any]
         yield [stack.enter_context(builtins.open(name, mode)) for name in filenames]
 
 
-class Chest(Keeper, MutableMapping[K, V], Generic[K, V]):
+class Chest(Dictionary[K, V]):
     """A dictionary that keeps what fits in memory and the rest in a folder, and finds everything again next time.
 
     All of ``dict``'s interface holds: insertion order, any hashable key, values changed in place. Any number of threads may
@@ -111,14 +108,19 @@ class Chest(Keeper, MutableMapping[K, V], Generic[K, V]):
         codec = resolve(serializer, dump, load, mode)
         if verify not in ("auto", "always"):
             raise ValueError(f"verify is {verify!r}: choose 'auto' or 'always'")
-        if loose is not None and (isinstance(loose, bool) or not isinstance(loose, int) or loose < 0):
+        if loose is not None and (type(loose) is not int or loose < 0):
             raise ValueError(f"loose is {loose!r}: give a number of keys, or None for a file for every value")
         if open is builtins.open:
             open = None
         _lifetime.close_those_left()
         self._scratch = path is None
         self.path: str = _fs.make_scratch() if path is None else os.path.abspath(os.fspath(path))
-        self._given = {"key_to_filename": key_to_filename, "open": open, "open_many": open_many, "loose": loose}
+        self._given: dict[str, Any] = {
+            "key_to_filename": key_to_filename,
+            "open": open,
+            "open_many": open_many,
+            "loose": loose,
+        }
         try:
             store = open_folder(
                 self.path,
@@ -144,189 +146,10 @@ class Chest(Keeper, MutableMapping[K, V], Generic[K, V]):
         if data is not None:
             self.update(data)
 
-    # --- the dictionary
-
-    def __getitem__(self, key: K) -> V:
-        try:
-            entry = self._entries[key]
-        except KeyError:
-            return cast(V, self._miss(key))
-        if self._generation[0] == self._seen and entry.epoch == self._epoch:
-            entry.hot = True
-            self._hits += 1
-            return cast(V, entry.value)
-        return cast(V, self._hit_after_change(key, entry))
-
-    def __setitem__(self, key: K, value: V) -> None:
-        with self.lock:
-            self._set(key, value)
-
-    def __delitem__(self, key: K) -> None:
-        with self.lock:
-            self._delete(key)
-
-    def __contains__(self, key: object) -> bool:
-        with self.lock:
-            self._usable()
-            if self._in_memory(key) is not None:
-                return True
-            if key in self._tombs:
-                return False
-            name = self._store.name(key)
-            return name is not None and self._store.index.get(name) is not None
-
-    def __len__(self) -> int:
-        """The number of keys. O(1), plus a look at each key set since the last time."""
-        with self.lock:
-            return self._length()
-
-    def __iter__(self) -> Iterator[K]:
-        """Keys in insertion order, a thousand at a time; others may write meanwhile."""
-        return (key for key, _ in _views.walk(self))
-
-    def __reversed__(self) -> Iterator[K]:
-        return (key for key, _ in _views.walk(self, reverse=True))
-
-    def keys(self) -> KeysView[K]:
-        return _views.Keys(self)
-
-    def items(self) -> ItemsView[K, V]:
-        return _views.Items(self)
-
-    def values(self) -> ValuesView[V]:
-        return _views.Values(self)
-
-    def __eq__(self, other: object) -> bool:
-        """Equal to any mapping with the same keys and values, in whatever order."""
-        if self is other:
-            return True
-        if not isinstance(other, Mapping):
-            return NotImplemented
-        if len(self) != len(other):
-            return False
-        for key, value in self.items():
-            try:
-                theirs = other._peek(key) if isinstance(other, Chest) else other[key]
-            except KeyError:
-                return False
-            if not (theirs is value or theirs == value):
-                return False
-        return True
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def pop(self, key: K, default: Any = _MISSING) -> Any:
-        """Remove a key and return its value, or the default where there is none."""
-        with self.lock:
-            try:
-                value = self._peek(key)
-            except KeyError:
-                if default is _MISSING:
-                    raise
-                return default
-            self._delete(key)
-            return value
-
-    def popitem(self) -> tuple[K, V]:
-        """Remove the key that was inserted last, and return it with its value."""
-        with self.lock:
-            self._usable()
-            for key in self._from_the_end():
-                return key, self.pop(key)
-        raise KeyError("popitem(): the chest is empty")
-
-    def setdefault(self, key: K, default: Any = None) -> Any:
-        with self.lock:
-            try:
-                return self[key]
-            except KeyError:
-                self._set(key, default)
-                return default
-
-    def clear(self) -> None:
-        """Remove every key; written at once."""
-        with self.lock:
-            self._writable()
-            for place in (self._dirty, self._unsure, self._tombs, self._lent, self._pinned):
-                place.clear()
-            self._tier.clear()
-            self._n_new = 0
-            while items := self._store.index.page(None, 10_000):
-                written = self._store.write([], [(self._store.key(item), item.name) for item in items])
-                self._take_commits()
-                if written.error is not None:
-                    raise written.error
-
-    @overload
-    def update(self, *args: Any, overwrite: bool = ...) -> None: ...
-    @overload
-    def update(self, *args: Any, **kwargs: Any) -> None: ...
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        """Set the keys of a mapping, of an object with ``keys()``, of pairs, or of another chest, and keyword arguments.
-
-        From a chest with the same serializer whose folder lies on the same file system, large values are hard-linked, not
-        copied. ``overwrite=False`` (the second argument, or by name) leaves the keys alone that are there already.
-        """
-        if len(args) > 2:
-            raise TypeError(f"update expected at most 2 arguments, got {len(args)}")
-        overwrite = args[1] if len(args) == 2 else kwargs.pop("overwrite", True)
-        other = args[0] if args else ()
-        if isinstance(other, Chest) and other is not self and self._links(other):
-            self._adopt(other, overwrite)
-        elif other is not self:
-            if isinstance(other, (Mapping, Chest)):
-                pairs: Iterable[tuple[Any, Any]] = other.items()
-            elif hasattr(other, "keys"):
-                pairs = ((key, other[key]) for key in other.keys())  # noqa: SIM118 - it need not be a mapping
-            else:
-                pairs = other
-            for key, value in pairs:
-                if overwrite or key not in self:
-                    self[key] = value
-        for name, value in kwargs.items():
-            if overwrite or name not in self:
-                self[cast(K, name)] = value
-
-    def copy(self) -> Chest[K, V]:
-        """A scratch chest with the same content and settings; large values are hard-linked where that is possible."""
-        twin = self._twin()
-        twin.update(self)
-        return twin
-
     def _twin(self) -> Chest[K, V]:
-        """An empty scratch chest with the same settings."""
         codec = self._store.codec
-        pair = {} if codec.native else {"dump": codec.dump, "load": codec.load}
+        pair: dict[str, Any] = {} if codec.native else {"dump": codec.dump, "load": codec.load}
         return type(self)(available_memory=self.available_memory, mode=self.mode, **pair, **self._given)
-
-    __copy__ = copy
-
-    @classmethod
-    def fromkeys(cls, keys: Iterable[K], value: Any = None) -> Chest[K, Any]:
-        """A scratch chest with these keys, each with the same value."""
-        chest = cls()
-        for key in keys:
-            chest[key] = value
-        return chest
-
-    def __or__(self, other: Any) -> Chest[K, V]:
-        if not isinstance(other, Mapping):
-            return NotImplemented
-        both = self.copy()
-        both.update(other)
-        return both
-
-    def __ror__(self, other: Any) -> Chest[K, V]:
-        if not isinstance(other, Mapping):
-            return NotImplemented
-        both = self._twin()
-        both.update(other)
-        both.update(self)
-        return both
-
-    def __ior__(self, other: Any) -> Chest[K, V]:
-        self.update(other)
-        return self
 
     # --- memory and disk
 
@@ -471,40 +294,9 @@ class Chest(Keeper, MutableMapping[K, V], Generic[K, V]):
         except ChestError as error:
             return f"<{type(self).__name__} at {self.path}: {error}>"
         keys = f"{s.keys:,} key{'' if s.keys == 1 else 's'}"
-        return f"<{type(self).__name__} at {self.path}: {keys}, {_size(s.memory_bytes)} in memory, {_size(s.disk_bytes)} on disk>"
-
-    # --- another chest
-
-    def _links(self, other: Chest[Any, Any]) -> bool:
-        """Whether records of the other chest can be taken as they are."""
-        mine, theirs = self._store, other._store
-        plain = self._given["open"] is None and other._given["open"] is None
-        return plain and mine.codec.name == theirs.codec.name and mine.codec.text == theirs.codec.text
-
-    def _adopt(self, other: Chest[Any, Any], overwrite: bool) -> None:
-        other.sync()
-        after = None
-        while page := other._store.index.page(after):
-            after = page[-1].seq
-            with self.lock:
-                self._writable()
-                self._sync()
-                items = []
-                records = other._store.index.get_many([item.name for item in page])[1]
-                for item, record in zip(page, records, strict=True):
-                    key = other._store.key(item)
-                    if record is None or (not overwrite and key in self):
-                        continue
-                    entry = self._in_memory(key)
-                    if entry is not None:
-                        self._forget(entry)
-                    items.append(Item(key, None, 0, self._next_seq, raw=(record, other._store.path_of(record))))
-                    self._next_seq += 1
-                written = self._store.write(items)
-                self._take_commits()
-                self._raise(written.error)
-                for error in written.failed.values():
-                    raise error
+        return (
+            f"<{type(self).__name__} at {self.path}: {keys}, {_size(s.memory_bytes)} in memory, {_size(s.disk_bytes)} on disk>"
+        )
 
     # --- lifetime
 
@@ -553,9 +345,7 @@ class Chest(Keeper, MutableMapping[K, V], Generic[K, V]):
         self._usable()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -578,5 +368,3 @@ def _size(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "bytes" or n >= 100 else f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:.3g} TB"
-
-

@@ -23,6 +23,7 @@ sentence is for people and ends in what to do. All of them survive pickling.
 from __future__ import annotations
 
 import errno
+import pickle
 from typing import Any
 
 __all__ = [
@@ -71,7 +72,12 @@ class ChestError(Exception):
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, self.key, self.path)
+        try:
+            pickle.dumps(self.key)
+            key = self.key
+        except Exception:  # such a key may be what the error is about
+            key = short(self.key)
+        return _rebuild, (type(self), self.message, key, self.path)
 
 
 def _rebuild(cls: type[ChestError], message: str, key: Any, path: str | None) -> ChestError:

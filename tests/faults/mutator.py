@@ -157,6 +157,31 @@ def to_device(file: Path, _: random.Random) -> str:
     return "replaced by a link to /dev/zero"
 
 
+def make_outside(outside: Path) -> None:
+    """Files of somebody else's, for links to lead to: a value file and a pickle too."""
+    shutil.rmtree(outside, ignore_errors=True)
+    (outside / "folder").mkdir(parents=True)
+    (outside / "folder" / "inner").write_bytes(b"inner")
+    (outside / "pickle").write_bytes(b"\x80\x04K\x01.")
+    with Chest[str, Any](path=outside.parent / "other") as chest:
+        chest["x"] = np.arange(20_000)
+        chest.flush()
+        (outside / "value").write_bytes(Path(chest.key_to_filename("x")).read_bytes())
+        chest.drop()
+
+
+def look_at(outside: Path) -> dict[str, tuple[Any, ...]]:
+    """All that must not change of other people's files."""
+    found = {}
+    for folder, _, names in os.walk(outside):
+        for name in [".", *names]:
+            path = os.path.join(folder, name)
+            status = os.lstat(path)
+            content = Path(path).read_bytes() if os.path.isfile(path) else b""
+            found[path] = (status.st_mode, status.st_size, status.st_mtime_ns, status.st_nlink, content)
+    return found
+
+
 class Bench:
     """One copy of the template, to be damaged, and a folder outside of it that nothing may touch."""
 
@@ -335,11 +360,17 @@ class Bench:
 
 def main(template: str, work: str, outside: str, target: str, first: str, last: str) -> None:
     bench = Bench(Path(template), Path(work), Path(outside))
+    before = look_at(bench.outside)
     for number in range(int(first), int(last)):
         rng = random.Random(f"{target}/{number}")
         bench.fresh()
         print("start", number, getattr(bench, f"damage_{target}")(rng), flush=True)
-        print("end", number, json.dumps(bench.outcomes()), flush=True)
+        outcomes = bench.outcomes()
+        if look_at(bench.outside) != before:
+            outcomes["TOUCHED what lies outside"] += 1
+            make_outside(bench.outside)
+            before = look_at(bench.outside)
+        print("end", number, json.dumps(outcomes), flush=True)
 
 
 if __name__ == "__main__":

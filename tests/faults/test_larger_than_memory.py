@@ -131,7 +131,7 @@ def _run(code: str, limit: MemoryLimit, kind: str, path: Path, amount: int) -> s
 
 @pytest.mark.parametrize(
     ("kind", "ci", "full"),
-    [("arrays", 300 << 20, 1 << 30), ("small", 200_000, 1_000_000), ("containers", 250 << 20, 1 << 30)],
+    [("arrays", 300 << 20, 1 << 30), ("small", 120_000, 1_000_000), ("containers", 250 << 20, 1 << 30)],
     ids=["20-MB-arrays", "small-values", "containers-of-arrays"],
 )
 def test_more_than_fits_into_memory_is_kept_right_and_within_the_promise(

@@ -222,7 +222,7 @@ class Environment:
 
     def _is_full(self, error: lmdb.Error) -> bool:
         # LMDB reports a write that fell short as EIO.
-        return error.code in _FULL or (error.code == errno.EIO and _fs.disk_is_full(self.folder))
+        return _code(error) in _FULL or (_code(error) == errno.EIO and _fs.disk_is_full(self.folder))
 
     def _fail(self, error: lmdb.Error) -> FailedError:
         self.failed = (
@@ -260,7 +260,7 @@ class Environment:
             return damaged(self.folder, str(error))
         if self._is_full(error):
             return DiskFullError(f"the disk is full ({self.folder}): make room and try again.", path=self.folder)
-        if isinstance(error, lmdb.PanicError) or error.code == errno.EIO:
+        if isinstance(error, lmdb.PanicError) or _code(error) == errno.EIO:
             return self._fail(error)
         return FailedError(f"the index in {self.folder} cannot be used: {error}", path=self.folder)
 
@@ -321,6 +321,11 @@ _FILES = ("data.mdb", "lock.mdb", "generation")
 def _identity(path: str) -> tuple[int, int]:
     found = os.stat(path)
     return found.st_dev, found.st_ino
+
+
+def _code(error: lmdb.Error) -> int:
+    code: int = getattr(error, "code", 0)  # errors of the binding itself have none
+    return code
 
 
 def _fits(size: int) -> bool:
@@ -421,7 +426,7 @@ def _opening_error(error: lmdb.Error, folder: str) -> Exception:
         return damaged(folder, str(error))
     if isinstance(error, lmdb.MemoryError):
         return MemoryError(f"no address space for the index in {folder} (RLIMIT_AS?)")
-    if error.code in _FULL or (error.code == errno.EIO and _fs.disk_is_full(folder)):
+    if _code(error) in _FULL or (_code(error) == errno.EIO and _fs.disk_is_full(folder)):
         return DiskFullError(f"the disk is full ({folder}): make room and try again.", path=folder)
     return PathError(f"{folder} cannot hold an index: {error}", path=folder)
 

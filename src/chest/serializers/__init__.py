@@ -36,6 +36,7 @@ class Codec:
         name: what the chest remembers; a name of ``NAMES`` can be found again without the user's help.
         native: values are value files that map (the default pickle).
         dump, load: as the user gave them, or the module's.
+        dumps, loads: from and to bytes, for values that are small.
     """
 
     def __init__(self, name: str, dump: Dump, load: Load, *, text: bool = False, native: bool = False) -> None:
@@ -44,28 +45,27 @@ class Codec:
         self.load = load
         self.native = native
         self._text = text
-        if native:  # one call less on the hot paths
-            self.dumps = _pickled.dumps
-            self.loads = pickle.loads
+        # Attributes and not methods: one call less on the hot paths.
+        self.dumps: Callable[[Any], bytes] = _pickled.dumps if native else self._dumps
+        self.loads: Callable[[Any], Any] = pickle.loads if native else self._loads
 
     @property
     def text(self) -> bool:
         return self._text
 
-    def dumps(self, value: Any) -> bytes:
-        """The serialized value, for one that is small."""
+    def _dumps(self, value: Any) -> bytes:
         sink = io.BytesIO()
         self.dump_to(value, sink)
         return sink.getvalue()
 
-    def loads(self, data: Any) -> Any:
-        """The value behind serialized bytes."""
+    def _loads(self, data: Any) -> Any:
         return self.load_from(io.BytesIO(data))
 
     def dump_to(self, value: Any, file: Any) -> None:
         """Serialize into a binary file, which is left open."""
         if self._text:
-            wrapped = io.TextIOWrapper(_Unclosed(file), encoding="utf-8", newline="", write_through=True)
+            below: Any = _Unclosed(file)
+            wrapped = io.TextIOWrapper(below, encoding="utf-8", newline="", write_through=True)
             self.dump(value, wrapped)
             wrapped.flush()
         else:
@@ -181,9 +181,7 @@ def _named(name: str) -> Codec:
     if name == "pickle":
         return Codec("pickle", _pickled.dump, pickle.load, native=True)
     if name not in NAMES:
-        raise ValueError(
-            f"no serializer is named {name!r}: choose one of {', '.join(NAMES)}, or give a module or object"
-        )
+        raise ValueError(f"no serializer is named {name!r}: choose one of {', '.join(NAMES)}, or give a module or object")
     module = _module(name)
     return Codec(name, module.dump, module.load)
 
@@ -202,12 +200,10 @@ def _pair_name(dump: Any, load: Any) -> str:
     if d in ("_pickle.dump", "pickle.dump") and r in ("_pickle.load", "pickle.load"):
         return "pickle"
     for name in NAMES:
-        if d.split(".")[0] == name and d.endswith(".dump") and r.endswith(".load"):
-            # cloudpickle.load *is* pickle.load
-            if r.split(".")[0] == name or (name == "cloudpickle" and r in ("_pickle.load", "pickle.load")):
-                return name
-    if d == "marshal.dump" and r == "marshal.load":
-        return "marshal"
+        # cloudpickle.load *is* pickle.load
+        theirs = (name, "_pickle", "pickle") if name == "cloudpickle" else (name,)
+        if d.endswith(".dump") and r.endswith(".load") and d.split(".")[0] == name and r.split(".")[0] in theirs:
+            return name
     return f"{d} with {r}"
 
 
@@ -241,6 +237,4 @@ def resolve(serializer: Any, dump: Dump | None, load: Load | None, mode: str) ->
 
 
 def _no_text(*_: Any) -> Any:
-    raise TypeError(
-        "mode='t' needs a serializer that writes text: give dump= and load=, json.dump and json.load for instance"
-    )
+    raise TypeError("mode='t' needs a serializer that writes text: give dump= and load=, json.dump and json.load for instance")

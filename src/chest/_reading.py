@@ -1,0 +1,268 @@
+"""The reading half of the store: keys and their names, values behind records, and whether a value has changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import xxhash
+
+from . import _changes, _keys, _pickled
+from ._records import BLOB, PACKED, Baseline, FileBaseline, Loaded, Ref
+from .abc import Index, Record
+from .errors import CorruptError, LoadError, short
+from .serializers import Codec, ViewFile
+
+__all__ = ["Reader"]
+
+_hash = xxhash.xxh3_64_intdigest
+
+
+class Reader:
+    """What ``Store`` is made of, and can read; its attributes are those of a store."""
+
+    def __init__(
+        self,
+        path: str,
+        index: Index,
+        blobs: Any,
+        codec: Codec,
+        *,
+        label: Callable[[Any], str] | None = None,
+        opener: Callable[..., Any] | None = None,
+        loose: int | None = 100,
+        verify: bool = False,
+        folds: bool = False,
+    ) -> None:
+        self.path = path
+        self.index = index
+        self.blobs: Any = blobs
+        self.codec = codec
+        self._label = label
+        self._opener = opener
+        self._files_only = loose is None or opener is not None or label is not None
+        self._loose = loose or 0
+        self._verify = verify
+        self._folds = folds
+        self._opaque: dict[Any, bytes] | None = None
+        self._opaque_names: set[bytes] = set()
+        self._opaque_version = -1
+        self.commits: list[tuple[int, int]] = []  # (before, version) of own commits, for the chest to take out
+        self.before_writing: Callable[[], object] | None = None  # once: folders of chest 0.2 are upgraded then
+
+    @property
+    def plain(self) -> bool:
+        """Whether files are written by chest itself, not by an ``open`` of the user's."""
+        return self._opener is None
+
+    # --- keys
+
+    def name(self, key: Hashable, *, create: bool = False) -> bytes | None:
+        """The key's name in the index; None for a key of a class of its own that was never written here.
+
+        Raises:
+            KeyTypeError: ``create``, and the key cannot be written.
+            TypeError: the key is unhashable.
+        """
+        name = _keys.name_of(key)
+        if name is not None:
+            if create:
+                _keys.encode(key)
+            return name
+        opaque = self._opaque_keys()
+        name = opaque.get(key)
+        if name is None and create:
+            _keys.pickled_key(key)  # refused now, not when it is written
+            name = opaque[key] = _keys.opaque_name()
+            self._opaque_names.add(name)
+        return name
+
+    def _opaque_keys(self) -> dict[Any, bytes]:
+        """Keys whose equality only their class knows, held in memory from the first use on."""
+        version = self.index.version()
+        if self._opaque is None or version != self._opaque_version:
+            if self._opaque is None:
+                self._opaque = {}
+            found = [n for n in self.index.names(_keys.OPAQUE_PREFIX) if n not in self._opaque_names]
+            for name, record in zip(found, self.index.get_many(found)[1], strict=True):
+                if record is None:
+                    continue
+                items = self.index.page(record.seq - 1, 1)
+                if items and items[0].name == name:
+                    self._opaque[_keys.decode(name, items[0].typed)] = name
+                    self._opaque_names.add(name)
+            self._opaque_version = version
+        return self._opaque
+
+    def label(self, key: Hashable, name: bytes) -> str:
+        """The path below the folder that shows the key."""
+        if self._label is not None:
+            return os.fspath(self._label(key)).replace(os.sep, "/")
+        return _keys.key_to_filename(key, name, folds=self._folds)
+
+    def _free_label(self, key: Hashable, name: bytes) -> str:
+        """The key's label, or a variant of it where a file that is not this key's lies there already."""
+        label = self.label(key, name)
+        if self.blobs.exists(label):
+            old = self.index.get(name)
+            if old is None or old.kind == PACKED or (old.kind == BLOB and Ref.unpack(old.body).label != label):
+                return f"{label}~{_hash(name + os.urandom(8)):016x}"
+        return label
+
+    # --- reading
+
+    def load(self, key: Hashable, name: bytes) -> Loaded | None:
+        """The newest value of a key, None where there is none.
+
+        Raises:
+            CorruptError: what is stored is damaged.
+            LoadError: it is whole but cannot be loaded.
+        """
+        try:
+            record = self.index.get(name)
+            return None if record is None else self._decode(key, name, record)
+        except LoadError as error:
+            raise self._about(key, error) from error.__cause__
+
+    def decode_for(self, key: Hashable, name: bytes, record: Record) -> Loaded | None:
+        """As ``load``, for a record that was read in a batch."""
+        try:
+            return self._decode(key, name, record)
+        except LoadError as error:
+            raise self._about(key, error) from error.__cause__
+
+    def _decode(self, key: Hashable, name: bytes, record: Record) -> Loaded | None:
+        """The value behind a record; None if it was deleted meanwhile."""
+        if record.kind != BLOB:
+            try:
+                value = self.codec.loads(record.body)
+            except Exception as error:
+                raise self._unloadable(key, error) from error
+            return Loaded(value, record, None if _changes.is_immutable(value) else _hash(record.body))
+        while True:
+            ref = Ref.unpack(record.body)
+            try:
+                return self._read_blob(key, ref, record)
+            except (FileNotFoundError, CorruptError) as error:
+                # It may have been replaced since the record was read; only if it was not is this damage.
+                newer = self.index.get(name)
+                if newer is None:
+                    return None
+                if newer.version == record.version:
+                    if isinstance(error, CorruptError):
+                        raise
+                    path = self.blobs.path(ref.blob, ref.label)
+                    raise CorruptError(f"its file {path} is gone", path=path) from error
+                record = newer
+                if record.kind != BLOB:
+                    return self._decode(key, name, record)
+
+    def _read_blob(self, key: Hashable, ref: Ref, record: Record) -> Loaded:
+        path = self.blobs.path(ref.blob, ref.label)
+        try:
+            view = self.blobs.read(ref.blob, ref.label)
+            if len(view) != ref.size and ref.digest:
+                raise CorruptError(f"the file {path} has {len(view)} bytes instead of {ref.size}", path=path)
+            if self.codec.native and self._opener is None:
+                value, layout = _pickled.load(view, verify=self._verify, digest=ref.digest or None)
+                if _changes.is_immutable(value):
+                    return Loaded(value, record, None)
+                if layout is not None:
+                    return Loaded(value, record, FileBaseline(layout, view))
+                return Loaded(value, record, self.codec.digest(value))
+            if ref.digest and _hash(view) != ref.digest:
+                raise CorruptError(f"the content of {path} is not what was written", path=path)
+        except LoadError as error:
+            error.path = error.path or path
+            raise
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise LoadError(
+                f"the file {path} cannot be read ({error.strerror or error}): make it readable and try again", path=path
+            ) from error
+        except Exception as error:
+            raise self._unloadable(key, error, path) from error
+        try:
+            value = self._load_foreign(view, path)
+        except Exception as error:
+            raise self._unloadable(key, error, path) from error
+        return Loaded(value, record, None if _changes.is_immutable(value) else self.codec.digest(value))
+
+    def _load_foreign(self, view: memoryview, path: str) -> Any:
+        if self._opener is None:
+            return self.codec.load_from(ViewFile(view))
+        with self._opener(path, mode="r" + ("t" if self.codec.text else "b")) as file:
+            return self.codec.load(file)
+
+    def _unloadable(self, key: Hashable, error: BaseException, path: str | None = None) -> LoadError:
+        where = f" (in {path})" if path else ""
+        return LoadError(
+            f"the value of {short(key)}{where} cannot be loaded by {self.codec.name}: {type(error).__name__}: {error}. "
+            "The stored bytes are unharmed: make what it needs importable (or give the right load=) and read it again.",
+            key=key,
+            path=path,
+        )
+
+    def _about(self, key: Hashable, error: LoadError) -> LoadError:
+        """The error as people need it: with the key, the file, and what to do."""
+        if error.key is not None or short(key) in error.message:
+            return error
+        where = f" (in {error.path})" if error.path and error.path not in error.message else ""
+        what = error.message.rstrip(".")
+        if isinstance(error, CorruptError):
+            advice = "Put it back from a backup, or make do without: delete the key, or set it again."
+            return CorruptError(f"the value of {short(key)}{where} is damaged: {what}. {advice}", key=key, path=error.path)
+        return LoadError(f"the value of {short(key)}{where} cannot be loaded: {what}.", key=key, path=error.path)
+
+    # --- has it changed?
+
+    def changed(self, key: Hashable, value: Any, version: int, baseline: Baseline) -> bool:
+        """Whether a value differs from what its baseline says; True where that cannot be told.
+
+        Pickles are compared first with what is stored and, where they differ, with what *loading and pickling again* gives:
+        a loaded value may pickle to other bytes than it came from (interned text, an older protocol) without having changed.
+        """
+        if baseline is None:
+            return False
+        try:
+            if isinstance(baseline, FileBaseline):
+                return self._file_changed(key, value, version, baseline)
+            if _hash(self.codec.dumps(value)) == baseline:
+                return False
+            again = self._load_again(key, version)
+            return again is None or self.codec.digest(again.value) != self.codec.digest(value)
+        except Exception:
+            return True  # the write that follows says what is wrong with it
+
+    def _load_again(self, key: Hashable, version: int) -> Loaded | None:
+        name = self.name(key)
+        record = None if name is None else self.index.get(name)
+        if name is None or record is None or record.version != version:
+            return None
+        return self._decode(key, name, record)
+
+    def _file_changed(self, key: Hashable, value: Any, version: int, baseline: FileBaseline) -> bool:
+        stream, buffers = _pickled.probe(value)
+        layout = baseline.layout
+        stored: memoryview | None = None
+        if stream != layout.stream or len(buffers) != len(layout.payloads):
+            again = self._load_again(key, version)
+            if again is None or not isinstance(again.baseline, FileBaseline):
+                return True
+            if _pickled.probe(again.value)[0] != stream or len(buffers) != len(layout.payloads):
+                return True
+            stored = again.baseline.view
+        start = 0 if baseline.view is None else _changes.address_of(baseline.view)
+        for (buffer, _), payload in zip(buffers, layout.payloads, strict=True):
+            if len(buffer) != payload.length:
+                return True
+            private = bool(start) and start <= _changes.address_of(buffer) < start + layout.size
+            if private and stored is None:
+                again = self._load_again(key, version)
+                stored = again.baseline.view if again and isinstance(again.baseline, FileBaseline) else None
+            part = None if stored is None else stored[payload.offset : payload.offset + payload.length]
+            if not _changes.same_payload(buffer, payload.checksum, part, private=private):
+                return True
+        return False

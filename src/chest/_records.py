@@ -1,0 +1,110 @@
+"""What the store keeps in the index, and what it tells of a value: records, notes and baselines."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, NamedTuple
+
+from . import _pickled
+from .abc import Record
+from .errors import ChestError, CorruptError
+
+__all__ = [
+    "BLOB", "COMMIT_BYTES", "LOOSE", "PACKED", "SMALL", "Baseline", "FileBaseline", "Item", "Loaded", "Ref", "Written",
+    "key_note", "pack_note", "unpack_note",
+]  # fmt: skip
+
+PACKED, LOOSE, BLOB = 0, 1, 2
+SMALL = 65_536  # bytes; serialized below this, a value lives in the index
+COMMIT_BYTES = 4 << 20  # serialized small values of one commit: bounds the memory that a write needs beside the values
+
+
+class Ref(NamedTuple):
+    """What a BLOB record says of its value file.
+
+    ``digest`` identifies the content: of the footer for value files, of all bytes for others, 0 where it is not known (files
+    of chest 0.2). ``label`` is the path below the chest's folder that shows the key.
+    """
+
+    size: int
+    digest: int
+    blob: str
+    label: str
+
+    def pack(self) -> bytes:
+        blob = self.blob.encode()
+        return _REF.pack(self.size, self.digest, len(blob)) + blob + self.label.encode("utf-8", "surrogatepass")
+
+    @classmethod
+    def unpack(cls, body: bytes) -> Ref:
+        try:
+            size, digest, length = _REF.unpack_from(body)
+            start = _REF.size + length
+            label = body[start:].decode("utf-8", "surrogatepass")
+            return cls(size, digest, body[_REF.size : start].decode(), label)
+        except (struct.error, UnicodeDecodeError) as error:
+            raise CorruptError("a record of the index is no reference to a value file") from error
+
+
+_REF = struct.Struct("<QQB")
+
+
+class FileBaseline(NamedTuple):
+    """What a value with large buffers looked like when it was last read or written.
+
+    ``view`` is the private mapping that its buffers lie in, None if they are in memory of their own.
+    """
+
+    layout: _pickled.Layout
+    view: memoryview | None
+
+
+Baseline = int | FileBaseline | None
+"""None: it cannot change. A number: the hash of its serialized bytes."""
+
+
+class Loaded(NamedTuple):
+    """A value as it came from the store. ``baseline``: None (cannot change), a hash of its bytes, or a FileBaseline."""
+
+    value: Any
+    record: Record
+    baseline: Baseline
+
+
+class Written(NamedTuple):
+    """What became of a batch of writes.
+
+    ``done``: key -> (version, baseline). ``failed``: key -> why this value could not be written. ``error`` is set where
+    nothing more could be written at all; what is in ``done`` is committed even so.
+    """
+
+    done: dict[Any, tuple[int, Baseline]]
+    failed: dict[Any, ChestError]
+    error: ChestError | None = None
+
+
+class Item(NamedTuple):
+    """One value to be written; ``size`` is an estimate. ``raw`` is its record in another store, with the path of its file."""
+
+    key: Any
+    value: Any
+    size: int
+    seq: int
+    fresh: bool = False
+    raw: tuple[Record, str] | None = None
+
+
+def pack_note(name: bytes, blob: str, label: str) -> bytes:
+    """What a commit leaves to be done for one key: publish ``blob``, unlink ``label`` (either may be empty)."""
+    b = blob.encode()
+    return struct.pack("<HH", len(name), len(b)) + name + b + label.encode("utf-8", "surrogatepass")
+
+
+def unpack_note(note: bytes) -> tuple[bytes, str, str]:
+    n, b = struct.unpack_from("<HH", note)
+    return note[4 : 4 + n], note[4 + n : 4 + n + b].decode(), note[4 + n + b :].decode("utf-8", "surrogatepass")
+
+
+def key_note(name: bytes, typed: bytes) -> bytes:
+    """What a value file says of its key, so that a lost index can be rebuilt."""
+    return struct.pack("<H", len(name)) + name + typed
