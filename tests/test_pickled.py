@@ -190,7 +190,9 @@ def test_a_read_only_array_is_read_only_again_even_if_it_was_strided(tmp_path: P
     assert len(load(mapped(tmp_path / "x"))[1].payloads) == len(values)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("size", [0, 1, 255, 256, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, MIB, 20 * MIB])
+@pytest.mark.parametrize(
+    "size", [0, 1, 255, 256, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, MIB, pytest.param(20 * MIB, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", [bytes, bytearray, str, "wide", array.array])
 def test_plain_buffers_of_every_size_keep_their_type(kind: Any, size: int, tmp_path: Path) -> None:
     value: Any
@@ -280,9 +282,7 @@ def test_pandas_comes_back(name: str, tmp_path: Path) -> None:
 
 def test_arrow_comes_back_mapped(tmp_path: Path) -> None:
     pa = module("pyarrow")
-    table = pa.table(
-        {"f": np.arange(N * 1.0), "text": [f"text {i}" for i in range(N)], "list": [[i] for i in range(N)]}
-    )
+    table = pa.table({"f": np.arange(N * 1.0), "text": [f"text {i}" for i in range(N)], "list": [[i] for i in range(N)]})
     for value in (table, table.to_batches()[0], table["text"], table["f"].chunk(0), pa.concat_tables([table, table])):
         there_and_back(value, tmp_path / "x")
     there_and_back(table, tmp_path / "x")
@@ -644,9 +644,7 @@ def test_probe_tells_every_change() -> None:
 
     def unchanged() -> bool:
         stream, buffers = probe(value)
-        return stream == layout.stream and [xxh3_64_intdigest(b) for b, _ in buffers] == [
-            p.checksum for p in layout.payloads
-        ]
+        return stream == layout.stream and [xxh3_64_intdigest(b) for b, _ in buffers] == [p.checksum for p in layout.payloads]
 
     assert unchanged()
     value["a"][5] = -1
@@ -825,9 +823,7 @@ def test_a_whole_file_that_cannot_be_unpickled_is_no_damage(monkeypatch: pytest.
         load(data)
 
 
-def forged(
-    data: bytes, layout: Layout, entries: list[tuple[int, int, int, int, int]] | None = None, **fields: int
-) -> bytes:
+def forged(data: bytes, layout: Layout, entries: list[tuple[int, int, int, int, int]] | None = None, **fields: int) -> bytes:
     """The same pickle under a footer whose own checksum is right and whose content is not."""
     end = layout.size - TRAILER - ENTRY * len(layout.payloads) - len(layout.note)
     if entries is None:
@@ -843,9 +839,7 @@ def test_the_forger_of_these_tests_knows_the_format() -> None:
     assert forged(data, layout) == data
 
 
-NUMBERS = st.one_of(
-    st.integers(0, 2**64 - 1), st.integers(0, 200_000), st.sampled_from([0, 1, 63, 2**31, 2**63, 2**64 - 1])
-)
+NUMBERS = st.one_of(st.integers(0, 2**64 - 1), st.integers(0, 200_000), st.sampled_from([0, 1, 63, 2**31, 2**63, 2**64 - 1]))
 ENTRIES = st.tuples(NUMBERS, NUMBERS, NUMBERS, st.integers(0, 255), st.integers(0, 255))
 
 
@@ -870,9 +864,7 @@ def test_forged_tables_that_nearly_fit_are_refused() -> None:
     (one, two) = good
 
     def change(entry: tuple[int, ...], **new: int) -> Any:
-        return tuple(
-            {**dict(zip(("offset", "length", "checksum", "header", "read_only"), entry, strict=True)), **new}.values()
-        )
+        return tuple({**dict(zip(("offset", "length", "checksum", "header", "read_only"), entry, strict=True)), **new}.values())
 
     lies: list[list[Any]] = [
         [two, one],

@@ -3,8 +3,8 @@
 A chest hands out the values themselves, not proxies, so it learns of an in-place change only by looking.
 
 *Does the value differ from what is stored?* What cannot change needs no look (``is_immutable``). Of a private mapping
-the kernel knows which pages were written: those are no longer pages of the file (``written_pages``); as they may hold
-what they held before, they are compared. Everything else is hashed.
+the kernel knows which pages were written, being no longer pages of the file (``written_pages``); as they may hold what
+they held before, they are compared. Everything else is hashed.
 
 *Does somebody still hold it?* (``held``) After ``rows = c['x']['rows']`` only ``rows`` is held, so the value's own
 reference count is not enough: the references that come from inside the value are counted, and an object that has more
@@ -41,9 +41,6 @@ from typing import Any
 
 import xxhash
 
-if sys.platform == "linux":
-    import fcntl
-
 __all__ = ["Held", "address_of", "held", "is_immutable", "same_payload", "written_pages"]
 
 USE_PAGEMAP = sys.platform == "linux"  # ask the kernel which pages of a mapping were written
@@ -53,38 +50,15 @@ REFCOUNTS = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabl
 _IMMUTABLE: set[type] = {
     *(type(None), bool, int, float, complex, str, bytes, range, type(Ellipsis), type(NotImplemented), re.Pattern),
     *(datetime.date, datetime.datetime, datetime.timedelta, datetime.time, datetime.timezone, types.GenericAlias),
-}  # those below join it when they are met
+}  # those of packages that are not imported for their sake (_NAMED) join it when they are met
 _ATOMS: set[type] = {*_IMMUTABLE, type, types.FunctionType, types.ModuleType}  # a value's walk ends here
-_NAMED = frozenset(
-    (
-        "decimal.Decimal",
-        "fractions.Fraction",
-        "uuid.UUID",
-        "zoneinfo.ZoneInfo",
-        "numpy.generic",
-        "numpy.dtype",
-        "pathlib.PosixPath",
-        "pathlib.PurePosixPath",
-        "pathlib.PureWindowsPath",
-        "pathlib.WindowsPath",
-        "pandas.Timestamp",
-        "pandas.Timedelta",
-        "pandas.Period",
-        "pandas.Interval",
-        "pandas.NaTType",
-        "pandas.NAType",
-        "pyarrow.Table",
-        "pyarrow.RecordBatch",
-        "pyarrow.ChunkedArray",
-        "pyarrow.Array",
-        "pyarrow.Scalar",
-        "pyarrow.Schema",
-        "pyarrow.Field",
-        "pyarrow.DataType",
-        "ipaddress.IPv4Address",
-        "ipaddress.IPv6Address",
-    )
-)  # fmt: skip - immutable types of packages that are not imported for their sake
+_NAMED = frozenset((
+    "decimal.Decimal", "fractions.Fraction", "uuid.UUID", "zoneinfo.ZoneInfo", "numpy.generic", "numpy.dtype",
+    "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath", "pathlib.WindowsPath",
+    "pandas.Timestamp", "pandas.Timedelta", "pandas.Period", "pandas.Interval", "pandas.NaTType", "pandas.NAType",
+    "pyarrow.Table", "pyarrow.RecordBatch", "pyarrow.ChunkedArray", "pyarrow.Array", "pyarrow.Scalar",
+    "pyarrow.Schema", "pyarrow.Field", "pyarrow.DataType", "ipaddress.IPv4Address", "ipaddress.IPv6Address",
+))  # fmt: skip
 _BY_NAME = (type, types.FunctionType, types.BuiltinFunctionType)
 _MAX_MEMBERS, _MAX_DEPTH = 64, 4
 
@@ -123,10 +97,7 @@ _OPAQUE = 4  # matters, is not entered
 
 _CONTAINERS = (list, dict, set, collections.deque, bytearray, types.SimpleNamespace, functools.partial, BaseException)
 _NEVER_FOUND_AGAIN = {*_CONTAINERS, collections.OrderedDict, collections.defaultdict, array}
-_LEAF_PACKAGES = {"chest", "logging"}  # objects that live for themselves, whoever refers to them
-_OPAQUE_PACKAGES = {"pandas", "polars", "pyarrow"}
-_HEAP_TYPE = 1 << 9  # in type.__flags__; so is the next
-_HIDES_DICT = 1 << 2 if sys.version_info >= (3, 13) else 0  # with inline values: see _hidden_dict
+_HIDES_DICT = 1 << 2 if sys.version_info >= (3, 13) else 0  # type.__flags__ with inline values: see _hidden_dict
 _kinds: dict[int, int] = {}  # by identity, so that no class is kept alive
 
 
@@ -153,13 +124,13 @@ def _classify(cls: type) -> int:
         _IMMUTABLE.add(cls)
         _ATOMS.add(cls)
         return _LEAF
-    if package == "typing" or not _LEAF_PACKAGES.isdisjoint(packages):
+    if package == "typing" or not {"chest", "logging"}.isdisjoint(packages):  # these live for themselves
         return _LEAF
-    if not _OPAQUE_PACKAGES.isdisjoint(packages):
+    if not {"pandas", "polars", "pyarrow"}.isdisjoint(packages):
         return _OPAQUE
-    # A class statement leaves one of these entries in the class or in a base of it; a type made in C has none.
+    # A class statement leaves one of these entries in the (heap) type or in a base of it; C types have none.
     entries = {"__slots__", "__dict__", "__weakref__"}
-    python = {base for base in mro if base.__flags__ & _HEAP_TYPE and not entries.isdisjoint(vars(base))}
+    python = {base for base in mro if base.__flags__ & 1 << 9 and not entries.isdisjoint(vars(base))}
     slots = (base for base in python for item in vars(base).values() if type(item) is types.MemberDescriptorType)
     has_state = cls.__dictoffset__ != 0 or any(slots)
     if issubclass(cls, (tuple, frozenset)):
@@ -251,24 +222,16 @@ def _walk(value: Any, kind: int, leave_out: dict[int, Any]) -> tuple[dict[int, A
     level, kinds = [value], {type(value): kind}
     while level:
         members, kinds = _members(level, kinds)
-        if leave_out:
-            members = [member for member in members if id(member) not in leave_out]
+        members = [member for member in members if id(member) not in leave_out]
         if _FROZEN in kinds.values():
             # Rows of numbers and text end here. If one of them is met again elsewhere, its count is of no interest.
             frozen = [member for member in members if kinds[type(member)] == _FROZEN]
             if _ATOMS.issuperset(map(type, gc.get_referents(*frozen))):
                 members = [member for member in members if kinds[type(member)] != _FROZEN]
-        identities = list(map(id, members))
-        references += identities
-        fresh = dict(zip(identities, members, strict=True))
-        for identity in seen.keys() & fresh.keys():
-            del fresh[identity]
-        seen.update(fresh)
-        level = list(fresh.values())
-    counts = dict.fromkeys(seen, 0)
-    for identity in references:
-        counts[identity] += 1
-    return seen, counts
+        references += map(id, members)
+        level = list({id(member): member for member in members if id(member) not in seen}.values())
+        seen.update(zip(map(id, level), level, strict=True))
+    return seen, {**dict.fromkeys(seen, 0), **collections.Counter(references)}
 
 
 def _members(level: list[Any], kinds: dict[type, int]) -> tuple[list[Any], dict[type, int]]:
@@ -336,7 +299,7 @@ def _can_change(value: Any, frozen: set[int]) -> bool:
 
 
 def _foreign_references(level: list[Any]) -> collections.Counter[int]:
-    """The references, by identity, from the insides of foreign objects: pandas 2 has accessors that refer to the frame."""
+    """The references, by identity, from the insides of foreign objects: pandas 2 keeps accessors (``s.str``)."""
     references: collections.Counter[int] = collections.Counter()
     kinds, seen = dict.fromkeys(map(type, level), _PLAIN), set(map(id, level))
     while level and len(seen) < _MAX_FOREIGN:
@@ -349,9 +312,8 @@ def _foreign_references(level: list[Any]) -> collections.Counter[int]:
 
 def _found_again(seen: dict[int, Any], shared: set[int]) -> dict[int, Any]:
     """Those that letting go of loses nothing. Of what is not shared, classes are left at the first that is not."""
-    made_anew, (_, *inner) = set(), seen.items()
-    found = {}
-    for identity, member in inner:
+    found, made_anew = {}, {type(next(iter(seen.values())))}
+    for identity, member in seen.items():
         if identity in shared or type(member) not in made_anew:
             if _is_found_again(member):
                 found[identity] = member
@@ -384,10 +346,9 @@ def _is_found_again(value: Any) -> bool:
 
 
 _PAGE = mmap.PAGESIZE
-_PAGES_AT_ONCE, _REGIONS = 1 << 17, 1 << 10
+_REGIONS = 1 << 10
 _PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
 _FILE, _PRESENT, _SWAPPED = 1 << 2, 1 << 3, 1 << 4
-_TOP = 7 if sys.byteorder == "little" else 0
 _WRITTEN = bytes(bool(top & 0x40) or top & 0xA0 == 0x80 for top in range(256))  # in swap; present and no file's page
 _HASH_BELOW = 1 << 18  # hashing this much takes no longer than asking the kernel
 
@@ -404,7 +365,7 @@ def written_pages(address: int, length: int) -> _Ranges | None:
     """
     start, stop = address // _PAGE * _PAGE, -(-(address + length) // _PAGE) * _PAGE
     ways: list[_Way] = [_scan, _read] if USE_PAGEMAP_SCAN else [_read]
-    for way in ways if USE_PAGEMAP and sys.platform == "linux" else []:
+    for way in ways if USE_PAGEMAP else []:
         found = (_ask(way, start, stop) if length else []) if _works(way) else None
         if found is not None:
             return [(max(a - address, 0), min(b - address, length)) for a, b in found]
@@ -414,31 +375,25 @@ def written_pages(address: int, length: int) -> _Ranges | None:
 def _ask(way: _Way, start: int, stop: int) -> _Ranges | None:
     try:
         # Opened each time: what a parent opened would show a forked child the parent's memory.
-        file = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            ranges = way(file, start, stop)
-        finally:
-            os.close(file)
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            return way(file.fileno(), start, stop)
     except OSError:
         return None
-    merged: _Ranges = []
-    for a, b in ranges:
-        if merged and merged[-1][1] == a:
-            a, _ = merged.pop()
-        merged.append((a, b))
-    return merged
 
 
 def _scan(file: int, start: int, stop: int) -> _Ranges:
+    import fcntl  # on Linux only
+
     regions = array("Q", bytes(24 * _REGIONS))
     ranges: _Ranges = []
     while start < stop:
-        into = (0, regions.buffer_info()[0], _REGIONS, 0)
-        # FILE inverted and required: no page of the file. And one of the others.
+        # FILE inverted and required (no page of the file), and one of the others.
         wanted = (_FILE, _FILE, _PRESENT | _SWAPPED, _PRESENT | _SWAPPED)
-        argument = bytearray(struct.pack("12Q", 96, 0, start, stop, *into, *wanted))
+        given = (96, 0, start, stop, 0, regions.buffer_info()[0], _REGIONS, 0)
+        argument = bytearray(struct.pack("12Q", *given, *wanted))
         n = fcntl.ioctl(file, _PAGEMAP_SCAN, argument, True)
-        ranges.extend(zip(regions[: 3 * n : 3], regions[1 : 3 * n : 3], strict=True))
+        for a, b in zip(regions[: 3 * n : 3], regions[1 : 3 * n : 3], strict=True):
+            ranges.append((ranges.pop()[0] if ranges and ranges[-1][1] == a else a, b))
         (reached,) = struct.unpack_from("Q", argument, 32)
         if reached <= start:
             raise OSError("the scan stands still")
@@ -447,16 +402,12 @@ def _scan(file: int, start: int, stop: int) -> _Ranges:
 
 
 def _read(file: int, start: int, stop: int) -> _Ranges:
-    ranges: _Ranges = []
-    while start < stop:
-        n = min((stop - start) // _PAGE, _PAGES_AT_ONCE)
-        entries = os.pread(file, 8 * n, start // _PAGE * 8)
-        if len(entries) != 8 * n:
-            raise OSError("the page map is too short")
-        runs = re.finditer(b"\1+", entries[_TOP::8].translate(_WRITTEN))
-        ranges.extend((start + run.start() * _PAGE, start + run.end() * _PAGE) for run in runs)
-        start += n * _PAGE
-    return ranges
+    n = (stop - start) // _PAGE
+    entries = os.pread(file, 8 * n, start // _PAGE * 8)
+    if len(entries) != 8 * n:
+        raise OSError("the page map is too short")
+    top = entries[7 if sys.byteorder == "little" else 0 :: 8].translate(_WRITTEN)
+    return [(start + run.start() * _PAGE, start + run.end() * _PAGE) for run in re.finditer(b"\1+", top)]
 
 
 @functools.cache

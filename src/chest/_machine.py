@@ -97,10 +97,7 @@ def _windows_memory() -> int:
         _fields_ = [
             ("length", ctypes.c_uint32),
             ("load", ctypes.c_uint32),
-            *(
-                (name, ctypes.c_uint64)
-                for name in ("total", "free", "page", "page_free", "virtual", "virtual_free", "ext")
-            ),
+            *((name, ctypes.c_uint64) for name in ("total", "free", "page", "page_free", "virtual", "virtual_free", "ext")),
         ]
 
     status = Status(length=ctypes.sizeof(Status))

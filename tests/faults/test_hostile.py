@@ -27,7 +27,8 @@ from chest.errors import ChestError
 
 pytestmark = pytest.mark.torture
 
-HANGS_AFTER_S = 120.0  # a whole batch takes a few seconds
+BATCH = 50  # mutations of one process
+HANGS_AFTER_S = 120.0  # a whole batch takes some 10 s
 
 
 class Outcome(NamedTuple):
@@ -53,7 +54,7 @@ class Arena(NamedTuple):
     def run(self, target: str, first: int, last: int) -> Iterator[Outcome]:
         """Mutations ``first`` to ``last``; a process that dies of one is followed by another."""
         while first < last:
-            arguments = [self.root / "template", self.root / "work", self.outside, target, first, last]
+            arguments = [self.root / "template", self.root / "work", self.outside, target, first, min(last, first + BATCH)]
             process = subprocess.Popen(
                 [sys.executable, str(Path(mutator.__file__)), *map(str, arguments)],
                 env=oracle.environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
