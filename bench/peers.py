@@ -260,7 +260,10 @@ def main() -> int:
     facts = machine(os.path.abspath(args.dir))
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
     print(f"{facts['date']}, Python {facts['python']}, {facts['cores']} cores ({facts['cpu']})")
-    print(f"{versions}; {facts.get('file_system', 'unknown file system')}; page cache warm", flush=True)
+    print(f"{versions}; {facts.get('file_system', 'unknown file system')}; page cache warm")
+    load = facts["load"][0]
+    note = ": THE MACHINE IS BUSY, trust only ratios that are far from 1" if load > facts["cores"] / 2 else ""
+    print(f"load before the run {load:.1f}{note}", flush=True)
     record: dict[str, Any] = {"machine": facts, "parts": {}}
     failed = False
     for part in parts(args.quick):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import numpy as np
 import pytest
 
@@ -291,9 +292,7 @@ def test_a_provoked_error_says_what_where_and_what_to_do(tmp_path: Path, provoke
     if "{path}" in words:
         assert error.path is not None
         assert error.path.startswith(str(path))
-    again = (
-        pickle.loads(pickle.dumps(error)) if kind is not KeyTypeError else error
-    )  # that key cannot be pickled at all
+    again = pickle.loads(pickle.dumps(error)) if kind is not KeyTypeError else error  # that key cannot be pickled at all
     assert (type(again), str(again), again.path) == (kind, message, error.path)
 
 
@@ -429,6 +428,34 @@ def test_a_damaged_value_can_be_deleted(tmp_path: Path) -> None:
             del chest["large"]
         with Chest[str, Any](path=tmp_path / name) as chest:
             assert chest == {"small": [1]}
+
+
+@pytest.mark.parametrize("use", ["delete", "small value", "large value"])
+def test_a_damaged_record_can_be_deleted_and_overwritten(tmp_path: Path, use: str) -> None:
+    path = tmp_path / "c"
+    with Chest[str, Any](path=path) as chest:
+        chest["small"], chest["large"], chest["other"] = [1], LARGE, [2]
+    with lmdb.open(str(path / ".keys"), max_dbs=10, lib_version=0) as env, env.begin(write=True) as txn:
+        index = env.open_db(b"index", txn, create=False)
+        for name in (b"ssmall", b"slarge"):
+            record = txn.get(name, db=index)
+            txn.put(name, record[:-1] + bytes([record[-1] ^ 1]), db=index)
+    new = {"delete": None, "small value": [3], "large value": LARGE + 1}[use]
+    with Chest[str, Any](path=path) as chest:
+        for key in ("small", "large"):
+            with pytest.raises(CorruptError):
+                chest[key]
+            if use == "delete":
+                del chest[key]
+            else:
+                chest[key] = new
+            chest.flush()
+    with Chest[str, Any](path=path) as chest:
+        assert set(chest) == ({"other"} if use == "delete" else {"small", "large", "other"})
+        assert chest["other"] == [2]
+        if use != "delete":
+            assert np.array_equal(chest["small"], new)
+            assert np.array_equal(chest["large"], new)
 
 
 def test_a_readable_copy_is_no_value_damaging_it_damages_nothing(tmp_path: Path) -> None:
@@ -705,17 +732,13 @@ def test_nonsense_for_available_memory_is_refused_with_what_would_do(tmp_path: P
         ({"serializer": "json", "dump": _dump}, "not both"),
     ],
 )
-def test_nonsense_in_arguments_is_refused_and_nothing_is_made(
-    tmp_path: Path, arguments: dict[str, Any], words: str
-) -> None:
+def test_nonsense_in_arguments_is_refused_and_nothing_is_made(tmp_path: Path, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=f"(?s){words}"):
         Chest(path=tmp_path / "c", **arguments)
     assert not (tmp_path / "c").exists()
 
 
-def test_a_serializer_whose_package_is_missing_names_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_serializer_whose_package_is_missing_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dill", None)
     with pytest.raises(MissingExtraError, match=r"dill.*pip install dill") as caught:
         Chest(path=tmp_path / "c", serializer="dill")

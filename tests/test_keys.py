@@ -149,9 +149,7 @@ moments = st.builds(
 numbers = st.one_of(
     small,
     st.booleans(),
-    st.sampled_from(
-        [0.0, -0.0, 0.5, 1.0, 0.1, 1e300, -1e300, math.inf, -math.inf, math.nan, 5e-324, 2.0**63, -(2.0**63)]
-    ),
+    st.sampled_from([0.0, -0.0, 0.5, 1.0, 0.1, 1e300, -1e300, math.inf, -math.inf, math.nan, 5e-324, 2.0**63, -(2.0**63)]),
     st.integers(),
     one_of(2**63 - 1, 2**63, -(2**63), 1 - 2**63, 2**64, 10**300, int(1e300), 10**4000),
     st.floats(),
@@ -188,9 +186,7 @@ leaves = st.one_of(
 keys = st.recursive(
     leaves,
     lambda inner: (
-        st.lists(inner, max_size=3).map(tuple)
-        | st.lists(inner, max_size=3).map(frozenset)
-        | st.builds(Point, inner, inner)
+        st.lists(inner, max_size=3).map(tuple) | st.lists(inner, max_size=3).map(frozenset) | st.builds(Point, inner, inner)
     ),
     max_leaves=5,
 )
@@ -434,9 +430,7 @@ def test_the_limit_for_large_numbers_is_one_of_value():
         zeros = Decimal((0, (1, *[0] * 30_000), exponent - 30_000))
         assert one == name_of(Decimal(f"1e{exponent}")) == name_of(zeros) == name_of(Fraction(10**exponent))
         small = name_of(Fraction(1, 10**exponent))
-        assert (
-            small == name_of(Decimal(f"1e-{exponent}")) == name_of(Decimal((0, (1, *[0] * 30_000), -exponent - 30_000)))
-        )
+        assert small == name_of(Decimal(f"1e-{exponent}")) == name_of(Decimal((0, (1, *[0] * 30_000), -exponent - 30_000)))
         assert name_of(Fraction(5, 10**exponent)) == name_of(Decimal(f"5e-{exponent}"))
     assert name_of(10**9000) is not None
     five = Decimal((0, Decimal(5**20_000).as_tuple().digits, -20_000))
@@ -460,9 +454,7 @@ def test_two_clocks_of_one_zone_that_read_the_same_instant_do_not_share_a_name()
     assert no_time != half_past_three
     assert hash(no_time) == hash(half_past_three)
     assert (name_of(no_time) is None) != (name_of(half_past_three) is None)
-    assert name_of(datetime(2024, 5, 31, 2, 30, tzinfo=zone)) == name_of(
-        datetime(2024, 5, 31, 0, 30, tzinfo=timezone.utc)
-    )
+    assert name_of(datetime(2024, 5, 31, 2, 30, tzinfo=zone)) == name_of(datetime(2024, 5, 31, 0, 30, tzinfo=timezone.utc))
     assert name_of(datetime(9999, 12, 31, 23, tzinfo=timezone(timedelta(hours=-5)))) is not None
     assert name_of(datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=5)))) is not None
 
@@ -539,9 +531,7 @@ def test_a_damaged_name_never_gives_a_key_that_has_another_name(key, place, flip
         assert name_of(decode(bytes(damaged), b"")) == damaged
 
 
-@pytest.mark.parametrize(
-    "name", [b"", b"i01", b"i 1", b"i+1", b"i1_0", b"I+\1", b"p", b"psa", b"t\2sa", b"f" + b"\0" * 8]
-)
+@pytest.mark.parametrize("name", [b"", b"i01", b"i 1", b"i+1", b"i1_0", b"I+\1", b"p", b"psa", b"t\2sa", b"f" + b"\0" * 8])
 def test_forms_that_encode_does_not_write_are_damage(name):
     if name == b"p":
         assert decode(name, b"") == ()
@@ -682,9 +672,7 @@ file_keys = (
     keys
     | words
     | st.lists(words | st.integers(0, 3), max_size=4).map(tuple)
-    | st.sampled_from(
-        ["_a", "a", "A", "0a", "con", "CON", "Aux", ("a", "b"), "_a/b", ("_a", "b"), "", ".", "..", ".keys"]
-    )
+    | st.sampled_from(["_a", "a", "A", "0a", "con", "CON", "Aux", ("a", "b"), "_a/b", ("_a", "b"), "", ".", "..", ".keys"])
 )
 HEX = re.compile("0[0-9a-f]{32}")
 PART = re.compile("[A-Za-z0][A-Za-z0-9_]*")

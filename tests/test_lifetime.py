@@ -23,9 +23,7 @@ from chest.errors import ClosedError, SerializeError
 SOURCES = str(Path(__file__).resolve().parents[1] / "src")
 
 
-def _python(
-    script: str, *arguments: object, tmpdir: Path | None = None, code: int = 0
-) -> subprocess.CompletedProcess[str]:
+def _python(script: str, *arguments: object, tmpdir: Path | None = None, code: int = 0) -> subprocess.CompletedProcess[str]:
     """Run a script in another interpreter, which must end with this code."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([SOURCES, os.environ.get("PYTHONPATH", "")])}
     if tmpdir is not None:
@@ -291,9 +289,7 @@ def test_a_chest_that_is_open_at_the_end_of_the_script_is_written(tmp_path: Path
 
 
 def test_what_cannot_be_written_at_exit_is_said_and_the_rest_is_written(tmp_path: Path) -> None:
-    done = _python(
-        OPEN + "c['the bad one'] = lambda: None\nd = Chest(path=sys.argv[1] + '2'); d['x'] = 1", tmp_path / "c"
-    )
+    done = _python(OPEN + "c['the bad one'] = lambda: None\nd = Chest(path=sys.argv[1] + '2'); d['x'] = 1", tmp_path / "c")
     assert "the bad one" in done.stderr
     with Chest[str, Any](path=tmp_path / "c") as chest, Chest[str, Any](path=tmp_path / "c2") as other:
         assert chest == {"flushed": 0, "small": [1], "large": list(range(50_000))}

@@ -208,9 +208,16 @@ def test_random_damage_to_the_meta_pages_is_an_error_or_harmless(filled: str) ->
 class Failing:
     """A transaction whose commit fails as LMDB's does when the kernel could not write."""
 
-    def __init__(self, txn: object, error: Exception) -> None:
+    def __init__(self, txn: object, code: int) -> None:
         self._txn = txn
-        self._error = error
+        self._error = lmdb.Error("mdb_txn_commit: Input/output error")
+        self._error.code = code  # type: ignore[misc]
+
+    def __enter__(self) -> object:
+        return self._txn.__enter__()  # type: ignore[attr-defined]
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._txn.__exit__(*exc_info)  # type: ignore[attr-defined]
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._txn, name)
@@ -220,10 +227,10 @@ class Failing:
         raise self._error
 
 
-def fail_commits(monkeypatch: pytest.MonkeyPatch, index: LmdbIndex, error: Exception) -> None:
+def fail_commits(monkeypatch: pytest.MonkeyPatch, index: LmdbIndex, code: int) -> None:
     begin = index._env.begin
     monkeypatch.setattr(
-        index._env, "begin", lambda *a, **k: Failing(begin(*a, **k), error) if k.get("write") else begin(*a, **k)
+        index._env, "begin", lambda *a, **k: Failing(begin(*a, **k), code) if k.get("write") else begin(*a, **k)
     )
 
 
@@ -233,7 +240,7 @@ def test_after_a_failed_commit_nothing_more_is_written_and_everything_read(
     index.commit([put("a", 1)])
     other = LmdbIndex.open(keys, sync=False)
     with monkeypatch.context() as patch:
-        fail_commits(patch, index, lmdb.Error("mdb_txn_commit", errno.EIO))
+        fail_commits(patch, index, errno.EIO)
         with pytest.raises(FailedError, match="could not be written") as caught:
             index.commit([put("b", 2)])
         assert isinstance(caught.value.__cause__, lmdb.Error)
@@ -270,13 +277,11 @@ def test_a_panic_makes_the_environment_readable_again_but_not_writable(
     assert len(index) == 1
 
 
-def test_a_commit_on_a_full_disk_says_so_and_the_index_stays_usable(
-    index: LmdbIndex, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_commit_on_a_full_disk_says_so_and_the_index_stays_usable(index: LmdbIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     index.commit([put("a", 1)])
     with monkeypatch.context() as patch:
         patch.setattr(_fs, "disk_is_full", lambda path: True)
-        fail_commits(patch, index, lmdb.Error("mdb_txn_commit", errno.EIO))
+        fail_commits(patch, index, errno.EIO)
         with pytest.raises(DiskFullError) as caught:
             index.commit([put("b", 2)])
         assert caught.value.errno == errno.ENOSPC

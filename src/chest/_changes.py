@@ -64,10 +64,9 @@ _MAX_MEMBERS, _MAX_DEPTH = 64, 4
 
 
 def is_immutable(value: object) -> bool:
-    """Whether the value certainly cannot change in place; False where finding out would take long.
+    """Whether the value certainly cannot change in place; False where finding out would take long (in deep tuples).
 
-    Looks at most 4 levels deep into tuples and frozensets of at most 64 members. Functions and classes count where
-    pickle stores their name only. A read-only array is not immutable: the flag can be flipped, its base be writable.
+    Functions and classes count where pickle stores their name only. A read-only array can change: by its base.
     """
     return type(value) in _IMMUTABLE or _looks_immutable(value, _MAX_DEPTH)
 
@@ -323,13 +322,9 @@ def _found_again(seen: dict[int, Any], shared: set[int]) -> dict[int, Any]:
 
 
 def _is_found_again(value: Any) -> bool:
-    """Whether unpickling would give this very object, or pickling cannot store it.
-
-    Runs code of the value's class, so it is only asked if something looks held, and not where that code may copy much.
-    """
+    """Whether unpickling would give this very object, or pickling cannot store it. Asked only where it costs little."""
     cls: Any = type(value)
-    kind = _kind(cls)
-    if cls in _NEVER_FOUND_AGAIN or (kind == _ARRAY and (not cls.__dictoffset__ or value.size > 1)):
+    if cls in _NEVER_FOUND_AGAIN or ((kind := _kind(cls)) == _ARRAY and (not cls.__dictoffset__ or value.size > 1)):
         return False  # (np.ma.masked is an array, and one for all)
     reduce = copyreg.dispatch_table.get(cls)
     usual = (object.__new__, object.__reduce__, object.__reduce_ex__)
@@ -389,15 +384,13 @@ def _scan(file: int, start: int, stop: int) -> _Ranges:
     while start < stop:
         # FILE inverted and required (no page of the file), and one of the others.
         wanted = (_FILE, _FILE, _PRESENT | _SWAPPED, _PRESENT | _SWAPPED)
-        given = (96, 0, start, stop, 0, regions.buffer_info()[0], _REGIONS, 0)
-        argument = bytearray(struct.pack("12Q", *given, *wanted))
+        argument = bytearray(struct.pack("12Q", 96, 0, start, stop, 0, regions.buffer_info()[0], _REGIONS, 0, *wanted))
         n = fcntl.ioctl(file, _PAGEMAP_SCAN, argument, True)
         for a, b in zip(regions[: 3 * n : 3], regions[1 : 3 * n : 3], strict=True):
             ranges.append((ranges.pop()[0] if ranges and ranges[-1][1] == a else a, b))
-        (reached,) = struct.unpack_from("Q", argument, 32)
-        if reached <= start:
+        (start,), before = struct.unpack_from("Q", argument, 32), start
+        if start <= before:
             raise OSError("the scan stands still")
-        start = reached
     return ranges
 
 

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar, cast, overload
 
 from . import _views
 from ._keeper import Keeper
-from ._records import Item
+from ._records import Adopted
 
 __all__ = ["Dictionary"]
 
@@ -227,9 +227,9 @@ class Dictionary(Keeper, MutableMapping[K, V], Generic[K, V]):
                     entry = self._in_memory(key)
                     if entry is not None:
                         self._forget(entry)
-                    items.append(Item(key, None, 0, self._next_seq, raw=(record, other._store.path_of(record))))
+                    items.append(Adopted(key, self._next_seq, record, other._store.path_of(record)))
                     self._next_seq += 1
-                written = self._store.write(items)
+                written = self._store.adopt(items)
                 self._take_commits()
                 for error in [written.error, *written.failed.values()]:
                     if error is not None:

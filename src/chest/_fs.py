@@ -102,16 +102,13 @@ def folder_bytes(path: str) -> int:
     total = 0
     todo = [path]
     while todo:
-        try:
-            with os.scandir(todo.pop()) as entries:
-                for entry in entries:
-                    with contextlib.suppress(FileNotFoundError):
-                        if entry.is_dir(follow_symlinks=False):
-                            todo.append(entry.path)
-                        else:
-                            total += entry.stat(follow_symlinks=False).st_size
-        except FileNotFoundError:
-            continue
+        with contextlib.suppress(FileNotFoundError), os.scandir(todo.pop()) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.is_dir(follow_symlinks=False):
+                        todo.append(entry.path)
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_size
     return total
 
 
@@ -444,4 +441,10 @@ def _remove(path: str) -> None:
         except OSError:
             return
         path += ".dead"
+    for folder, mark in ((path, ".keys"), (os.path.join(path, ".keys"), _PREFIX)):  # what the sweep knows it by goes last
+        for name in os.listdir(folder) if _is_own_folder(folder) else []:
+            if not name.startswith(mark):
+                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(folder, name))
     shutil.rmtree(path, ignore_errors=True)

@@ -79,11 +79,14 @@ class Keeper(Spiller):
         """The value of a key that a hit did not find."""
         with self.lock:
             self._usable()
-            entry = self._in_memory(key)
-            if entry is not None:
-                entry.lent = True
-                self._hits += 1
-                return entry.value
+            if self._generation[0] != self._seen:
+                self._look()
+            if key in self._entries or key in self._lent:
+                entry = self._in_memory(key)
+                if entry is not None:
+                    entry.lent = True
+                    self._hits += 1
+                    return entry.value
             loaded = self._load(key)
             if loaded is None:
                 missing = getattr(type(self), "__missing__", None)
@@ -104,22 +107,22 @@ class Keeper(Spiller):
 
     def _admit(self, key: Any, loaded: Loaded, *, lent: bool) -> None:
         """A value from the store comes into the memory tier, and others leave for it."""
-        entry = self._entry_of(key, loaded, nbytes(loaded.value))
-        entry.lent = lent
-        if self._tier.admits(entry.size):
-            error = self._shrink(entry.size)
-            if error is not None:
-                _log.warning("chest at %s: %s", self._store.path, error)
-            self._tier.add(entry)
+        tier = self._tier
+        entry = self._entry_of(key, loaded, nbytes(loaded.value), lent)
+        size = entry.size
+        if size <= tier.limit:
+            if self._lent or tier.usage + size > tier.limit:
+                error = self._shrink(size)
+                if error is not None:
+                    _log.warning("chest at %s: %s", self._store.path, error)
+            tier.add(entry)
         elif lent and loaded.baseline is not None:
             self._poll()
             self._lent[key] = entry
 
-    def _entry_of(self, key: Any, loaded: Loaded, size: int) -> Entry:
-        record = loaded.record
-        entry = Entry(key, loaded.value, size, seq=record.seq, epoch=self._epoch, baseline=loaded.baseline, stored=True)
-        entry.version = record.version
-        return entry
+    def _entry_of(self, key: Any, loaded: Loaded, size: int, lent: bool) -> Entry:
+        value, record, baseline = loaded
+        return Entry(key, value, size, False, record[1], self._epoch, lent, baseline, False, True, record[0])
 
     def _peek(self, key: Any) -> Any:
         """The value of a key, with the memory tier left as it is. Raises KeyError."""
@@ -138,37 +141,37 @@ class Keeper(Spiller):
         """Hand out a value that is not in the memory tier, and watch it if it can be changed."""
         self._poll()
         if loaded.baseline is not None:
-            entry = self._lent[key] = self._entry_of(key, loaded, 0)
-            entry.lent = True
+            self._lent[key] = self._entry_of(key, loaded, 0, True)
         return loaded.value
 
     # --- writing
 
     def _set(self, key: Any, value: Any) -> None:
-        self._writable()
+        if self._closed or self._failed is not None:
+            self._writable()
+        tier, lent = self._tier, self._lent
         old = self._entries.get(key)
-        if old is None:
-            old = self._lent.pop(key, None)
-            if self._pinned:
-                self._pinned.pop(key, None)
+        if old is None and lent:
+            old = lent.pop(key, None)
+            self._pinned.pop(key, None)
         kind = type(key)
         if kind is not str and kind is not int:
             self._store.name(key, create=True)  # a key that cannot be written is refused now
-        entry = Entry(key if old is None else old.key, value, nbytes(value), dirty=True, epoch=self._epoch)
-        if old is not None:
-            entry.seq, entry.stored, entry.fresh = old.seq, old.stored, old.fresh
-        else:
-            entry.seq = self._next_seq
+        size = needed = nbytes(value)
+        if old is None:
+            entry = Entry(key, value, size, True, self._next_seq, self._epoch)
             self._next_seq += 1
-            if key in self._tombs:
-                del self._tombs[key]
+            if self._tombs and self._tombs.pop(key, None) is not None:
                 entry.stored = entry.fresh = True
-        error = self._shrink(entry.size - (0 if old is None else old.size), old)
+        else:
+            entry = Entry(old.key, value, size, True, old.seq, self._epoch, fresh=old.fresh, stored=old.stored)
+            needed -= old.size
+        error = self._shrink(needed, old) if lent or tier.usage + needed > tier.limit else None
         if entry.stored is None or entry.key in self._unsure:
             self._unsure[entry.key] = entry
         self._dirty[entry.key] = entry
-        self._tier.add(entry)
-        if error is None and not self._tier.admits(entry.size):
+        tier.add(entry)
+        if error is None and size > tier.limit:
             error = self._evict([entry])
         if error is not None:
             raise error

@@ -21,9 +21,7 @@ class _Closes(Protocol):
 
 
 _lock = threading.RLock()  # a chest may be collected, and closed, while this thread is in here
-_open: weakref.WeakValueDictionary[int, _Closes] = (
-    weakref.WeakValueDictionary()
-)  # by id: chests are unhashable, as dicts are
+_open: weakref.WeakValueDictionary[int, _Closes] = weakref.WeakValueDictionary()  # by id: chests are unhashable, as dicts are
 _later: list[_Closes] = []  # collected in the middle of a commit, which closing would wait for
 
 

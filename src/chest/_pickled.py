@@ -218,8 +218,9 @@ def dump(value: object, file: _Writable, note: bytes = b"") -> Layout:
 def probe(value: object) -> tuple[int, list[tuple[memoryview, bool]]]:
     """The checksum of the stream that ``dump`` would write, and the payloads as they lie in memory.
 
-    Each payload comes with whether it is read-only. A value whose stream and payloads equal what was written has not
-    changed; the converse holds between two values that were loaded alike (see the tests for the exceptions).
+    Each payload comes with whether it is read-only. Where the stream and the payloads equal what was written, the value
+    has not changed. The converse does not hold: a loaded value may share text differently and so pickle to another
+    stream (the same one each time it is loaded), and pandas pickles some of what it caches when it is read.
 
     Costs the pickling of all but the payloads, which are not read. The views keep the value's memory exported.
     """
@@ -270,9 +271,7 @@ def read_footer(data: memoryview | mmap | bytes) -> Layout | None:
     return Layout(size, stream, tuple(payloads), digest, bytes(view[table_end : table_end + n_note]))
 
 
-def load(
-    data: memoryview | mmap | bytes, *, verify: bool = False, digest: int | None = None
-) -> tuple[Any, Layout | None]:
+def load(data: memoryview | mmap | bytes, *, verify: bool = False, digest: int | None = None) -> tuple[Any, Layout | None]:
     """The value, and the layout of its file (None for a pickle without footer, which is loaded as it is).
 
     Where ``data`` is writable, large buffers of the value are views on it, writable if they were; otherwise those that

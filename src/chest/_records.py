@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import struct
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from . import _pickled
 from .abc import Record
 from .errors import ChestError, CorruptError
 
 __all__ = [
-    "BLOB", "COMMIT_BYTES", "LOOSE", "PACKED", "SMALL", "Baseline", "FileBaseline", "Item", "Loaded", "Ref", "Written",
-    "key_note", "pack_note", "unpack_note",
+    "BLOB",
+    "COMMIT_BYTES",
+    "LOOSE",
+    "PACKED",
+    "SMALL",
+    "Adopted",
+    "Baseline",
+    "FileBaseline",
+    "Loaded",
+    "Ref",
+    "Unwritten",
+    "Written",
+    "key_note",
+    "pack_note",
+    "unpack_note",
 ]  # fmt: skip
 
 PACKED, LOOSE, BLOB = 0, 1, 2
@@ -71,27 +84,35 @@ class Loaded(NamedTuple):
     baseline: Baseline
 
 
-class Written(NamedTuple):
-    """What became of a batch of writes.
-
-    ``done``: key -> (version, baseline). ``failed``: key -> why this value could not be written. ``error`` is set where
-    nothing more could be written at all; what is in ``done`` is committed even so.
-    """
-
-    done: dict[Any, tuple[int, Baseline]]
-    failed: dict[Any, ChestError]
-    error: ChestError | None = None
-
-
-class Item(NamedTuple):
-    """One value to be written; ``size`` is an estimate. ``raw`` is its record in another store, with the path of its file."""
+class Unwritten(Protocol):
+    """A value to be written, as the memory tier's entries are. ``size`` is an estimate, in bytes."""
 
     key: Any
     value: Any
     size: int
     seq: int
-    fresh: bool = False
-    raw: tuple[Record, str] | None = None
+    fresh: bool
+
+
+class Adopted(NamedTuple):
+    """A value to be taken over from another store, as its record and, if it has one, the path of its file."""
+
+    key: Any
+    seq: int
+    record: Record
+    path: str
+
+
+class Written(NamedTuple):
+    """What became of a batch of writes.
+
+    ``done``: (what was written, version, baseline). ``failed``: key -> why this value could not be written. ``error`` is set
+    where nothing more could be written at all; what is in ``done`` is committed even so.
+    """
+
+    done: list[tuple[Any, int, Baseline]]
+    failed: dict[Any, ChestError]
+    error: ChestError | None = None
 
 
 def pack_note(name: bytes, blob: str, label: str) -> bytes:

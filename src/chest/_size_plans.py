@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import islice, repeat
 from sys import getsizeof
-from types import BuiltinFunctionType, CodeType, FunctionType, MemberDescriptorType, MethodDescriptorType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MemberDescriptorType, ModuleType
 from typing import Any, cast
 
 __all__ = ["ALL", "GOLDEN", "HEADER", "array_kinds", "flat", "leaves", "own_bytes", "parts", "quick", "register"]
@@ -31,7 +31,7 @@ Plan = Callable[[Any], Parts]
 Size = Callable[[Any], int]
 
 ALL = 1024  # members up to here are all handed out, beyond that a sample
-GOLDEN = tuple(i * 0.6180339887498949 % 1 for i in range(256))  # the first k of these, for any k, are evenly spread over [0, 1)
+GOLDEN = tuple(i * 0.6180339887498949 % 1 for i in range(128))  # the first k of these, for any k, are evenly spread over [0, 1)
 HEADER = 112  # an array object beside its buffer
 _MANY_CHUNKS = 64
 
@@ -123,7 +123,7 @@ def _new_plan(kind: type) -> Plan:
         _forget_types()
     custom, default = _custom(kind), _default_plan(kind)
     if custom is None:
-        if default is _leaf and not _collected(kind) and type(kind.__sizeof__) is MethodDescriptorType:
+        if default is _leaf and not _collected(kind):
             leaves.add(kind)
         if default in _FLAT:
             flat.add(kind)
@@ -181,7 +181,7 @@ def _has_attributes(kind: type) -> bool:
 
 def spread(n: int) -> list[int]:
     """Where to look in a sequence of more than ``ALL``: evenly, at pairs of neighbours, so that runs show."""
-    return [i for f in GOLDEN[:128] for i in (int(f * n), min(int(f * n) + 1, n - 1))]
+    return [i for f in GOLDEN[:64] for i in (int(f * n), min(int(f * n) + 1, n - 1))]
 
 
 def _sequence(base: Any) -> Plan:
@@ -202,10 +202,10 @@ def _pick(n: int, forward: Iterable[Any], backward: Iterable[Any] | None) -> tup
     if n <= ALL:
         return list(forward), n
     if n <= 16 * ALL:
-        return list(islice(forward, 0, None, n // 256 | 1)), n  # odd, so that of alternating members both are met
+        return list(islice(forward, 0, None, n // 128 | 1)), n  # odd, so that of alternating members both are met
     if backward is None:
-        return list(islice(forward, 256)), n
-    return [*islice(forward, 128), *islice(backward, 128)], n  # the middle cannot be reached without passing the rest
+        return list(islice(forward, 128)), n
+    return [*islice(forward, 64), *islice(backward, 64)], n  # the middle cannot be reached without passing the rest
 
 
 def _mapping(value: Any) -> Parts:

@@ -5,7 +5,7 @@ they have to be honest. ``sys.getsizeof`` is cheap and wrong by any factor; visi
 than writing the value to disk. What is done instead:
 
 - **Few members are all visited, many are sampled.** Up to 1,024 members the type of each is looked at, so that ten
-  large arrays among hundreds of small things are never missed; beyond that those of 256 members, spread evenly by the
+  large arrays among hundreds of small things are never missed; beyond that those of 128 members, spread evenly by the
   golden ratio (no period of the data can hide from it, and without random numbers equal values have equal sizes). A
   sample is enlarged until its mean is known well enough. A budget bounds the whole walk; siblings share it evenly.
 - **What is shared counts once.** An array stands for the buffer that it keeps alive, so two views of one array, or one
@@ -258,6 +258,10 @@ class _Walk:
         if k == n and not sampled:
             return self.units(members, weights, range(n), k, budget, depth, None)
         if k < n:
+            if not self.pending.isdisjoint(map(id, members)):  # some have their share in a sample around this one
+                apart = [i for i, member in enumerate(members) if id(member) not in self.pending]
+                members, weights = [members[i] for i in apart], [weights[i] for i in apart]
+                return self.composites(members, weights, budget, depth, sampled) if apart else 0
             self.pending.update(map(id, members))
         path = self.path
         self.fixed.append(0.0)
@@ -366,7 +370,7 @@ def _weights(distinct: dict[int, Any], members: Sequence[Any], n: int) -> float 
     if _refcount is None:
         return share if counts is None else [share if counts[key] == 1 else 1.0 for key in distinct]
     references = [r - _OWN_REFERENCES for r in _references(distinct)]
-    if counts is None and (max(references) <= _TRUSTED_REFERENCES or sum(min(r, n) - 1 for r in references) * m / n / 2 > 4):
+    if counts is None and (max(references) <= _TRUSTED_REFERENCES or sum(min(r, n) - 1 for r in references) * m / n / 2 > 3):
         return share
     weights = []
     for key, r in zip(distinct, references, strict=True):
@@ -393,9 +397,14 @@ def _quick_members(value: Any) -> int:
 def _quick_mapping(value: Any) -> int:
     if len(value) > ALL // 2:
         return -1
-    members = [*value, *value.values()]
-    size = _quick_members(members)
-    return size if size < 0 else size - getsizeof(members) + getsizeof(value)
+    kinds, values = set(map(type, value)), value.values()
+    value_kinds = set(map(type, values))
+    if not (kinds <= leaves and value_kinds <= leaves):
+        return -1
+    if not kinds.isdisjoint(value_kinds) or len(set(map(id, values))) < len(value):
+        members = {id(member): member for member in [*value, *values]}
+        return getsizeof(value) + _sum_leaves(members.values(), kinds | value_kinds)
+    return getsizeof(value) + _sum_leaves(value, kinds) + _sum_leaves(values, value_kinds)
 
 
 _size_plans.offer_quick({**dict.fromkeys((list, tuple, set, frozenset), _quick_members), dict: _quick_mapping})

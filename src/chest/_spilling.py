@@ -14,7 +14,6 @@ from typing import Any
 
 from . import _changes
 from ._memory import Entry, MemoryTier
-from ._records import Item
 from ._sizing import nbytes
 from ._store import Store
 from .errors import ChestError, ClosedError, FailedError, SerializeError, WriteError, short
@@ -119,7 +118,7 @@ class Spiller:
 
     def _evict(self, victims: list[Entry]) -> ChestError | None:
         """Let entries leave memory, the changed ones by way of the store. What cannot be written stays."""
-        unwritten = [entry for entry in victims if self._find_change(entry)]
+        unwritten = [entry for entry in victims if entry.dirty or self._find_change(entry)]
         error = None
         failed: dict[Any, ChestError] = {}
         if unwritten:
@@ -131,7 +130,7 @@ class Spiller:
             if entry.dirty:
                 if entry.key in failed:  # the others come first next time
                     self._tier.keep(entry)
-            elif self._entries.get(entry.key) is entry:
+            elif entry.alive:
                 self._leave(entry)
         for reason in failed.values():
             _log.warning("chest at %s: %s", self._store.path, reason)
@@ -196,30 +195,24 @@ class Spiller:
             return self._failed
         unwritten = list(entries)
         tombs = self._tombs
-        items = [Item(e.key, e.value, e.size, e.seq, e.fresh) for e in unwritten]
-        written = self._store.write(items, [(key, name) for key, name in tombs.items()])
-        del items
+        written = self._store.write(unwritten, [(key, name) for key, name in tombs.items()])
         self._take_commits()
-        if written.error is None or written.done:
+        if tombs and (written.error is None or written.done):
             tombs.clear()
-        for entry in unwritten:
-            result = written.done.get(entry.key)
-            if result is not None:
-                self._is_written(entry, *result)
+        dirty, unsure, mark, epoch = self._dirty, self._unsure, self._tier.mark, self._epoch
+        for entry, version, baseline in written.done:
+            if unsure.pop(entry.key, None) is None and not entry.stored:
+                self._n_new -= 1
+            dirty.pop(entry.key, None)
+            entry.version, entry.baseline, entry.epoch = version, baseline, epoch
+            entry.stored, entry.fresh = True, False
+            mark(entry, False)
+        self._writes += len(written.done)
         if failed is not None:
             failed.update(written.failed)
         if isinstance(written.error, FailedError):
             self._failed = written.error
         return written.error
-
-    def _is_written(self, entry: Entry, version: int, baseline: Any) -> None:
-        self._writes += 1
-        if self._unsure.pop(entry.key, None) is None and not entry.stored:
-            self._n_new -= 1
-        self._dirty.pop(entry.key, None)
-        entry.version, entry.baseline, entry.epoch = version, baseline, self._epoch
-        entry.stored, entry.fresh = True, False
-        self._tier.mark(entry, dirty=False)
 
     def _sync(self) -> None:
         """Write everything. Raises what could not be written; all else is written all the same."""

@@ -26,10 +26,11 @@ from ._records import (
     LOOSE,
     PACKED,
     SMALL,
+    Adopted,
     Baseline,
     FileBaseline,
-    Item,
     Ref,
+    Unwritten,
     Written,
     key_note,
     pack_note,
@@ -40,7 +41,9 @@ from .errors import ChestError, DiskFullError, FailedError, SerializeError, Writ
 
 __all__ = ["Store"]
 
-_Ready = tuple[Item, Put, Baseline]
+_Ready = tuple[Any, Put, Baseline]  # what is written, its record to be, and its baseline from then on
+_Make = Callable[[Any], _Ready]
+_put = tuple.__new__
 _hash = xxhash.xxh3_64_intdigest
 
 
@@ -52,38 +55,42 @@ class Store(Reader):
 
     # --- writing
 
-    def write(self, items: Sequence[Item], deletes: Iterable[tuple[Any, bytes]] = ()) -> Written:
+    def write(self, items: Sequence[Unwritten], deletes: Iterable[tuple[Any, bytes]] = ()) -> Written:
         """Write values and deletions; what cannot be serialized is left out and reported.
 
         All or nothing up to 4 MiB of small values; beyond that in several commits, in the order given. Durable on return.
         On a full disk deletions go first, for the room that they make.
         """
+        doomed = list(deletes)
+        written = self._in_batches(items, self._serialize, doomed)
+        if isinstance(written.error, DiskFullError) and doomed and not written.done:
+            room = self._in_batches((), self._serialize, doomed)
+            if room.error is None:
+                return self._in_batches(items, self._serialize, [])
+        return written
+
+    def adopt(self, items: Sequence[Adopted]) -> Written:
+        """Take over values of another store with the same serializer. Otherwise as ``write``."""
+        return self._in_batches(items, self._take_over, [])
+
+    def _in_batches(self, items: Sequence[Any], make: _Make, doomed: list[tuple[Any, bytes]]) -> Written:
         if self.before_writing is not None:
             self.before_writing()
             self.before_writing = None
-        doomed = list(deletes)
-        written = self._write(items, doomed)
-        if isinstance(written.error, DiskFullError) and doomed and not written.done:
-            room = self._write((), doomed)
-            if room.error is None:
-                return self._write(items, [])
-        return written
-
-    def _write(self, items: Sequence[Item], doomed: list[tuple[Any, bytes]]) -> Written:
-        written = Written({}, {})
+        written = Written([], {})
         batch: list[_Ready] = []
         size = 0
         try:
             for item in items:
                 try:
-                    put, baseline = self._serialize(item)
+                    ready = make(item)
                 except (DiskFullError, FailedError):
                     raise
                 except ChestError as error:
                     written.failed[item.key] = error
                     continue
-                batch.append((item, put, baseline))
-                size += len(put.body)
+                batch.append(ready)
+                size += len(ready[1][3])
                 if size >= COMMIT_BYTES:
                     self._commit(batch, doomed, written)
                     doomed, size = [], 0
@@ -100,7 +107,7 @@ class Store(Reader):
     def _discard(self, batch: Sequence[_Ready]) -> None:
         self.blobs.remove([Ref.unpack(put.body).blob for _, put, _ in batch if put.kind == BLOB])
 
-    def _serialize(self, item: Item) -> tuple[Put, Baseline]:
+    def _serialize(self, item: Unwritten) -> _Ready:
         key, value = item.key, item.value
         encoded = _keys.encode(key)
         if encoded is None:
@@ -111,13 +118,12 @@ class Store(Reader):
             name, typed = encoded
         fixed = _changes.is_immutable(value)
         try:
-            if item.raw is not None:
-                return self._take_over(item, name, typed), None
-            if not self._files_only and item.size < 2 * SMALL:
+            if item.size < 2 * SMALL and not self._files_only:
                 body = self.codec.dumps(value)
                 if len(body) < SMALL:
-                    return Put(name, item.seq, PACKED, body, typed, item.fresh), None if fixed else _hash(body)
-            return self._serialize_blob(item, name, typed, fixed)
+                    put = _put(Put, (name, item.seq, PACKED, body, typed, item.fresh))
+                    return item, put, None if fixed else _hash(body)
+            return (item, *self._serialize_blob(item, name, typed, fixed))
         except (ChestError, MemoryError):
             raise
         except OSError as error:
@@ -133,7 +139,7 @@ class Store(Reader):
                 key=key,
             ) from error
 
-    def _serialize_blob(self, item: Item, name: bytes, typed: bytes, fixed: bool) -> tuple[Put, Baseline]:
+    def _serialize_blob(self, item: Unwritten, name: bytes, typed: bytes, fixed: bool) -> tuple[Put, Baseline]:
         layout: list[_pickled.Layout] = []
         value = item.value
         native = self.codec.native and self._opener is None
@@ -165,86 +171,82 @@ class Store(Reader):
         ref = Ref(size, digest or 1, blob, label)
         return Put(name, item.seq, BLOB, ref.pack(), typed, item.fresh), None if fixed else baseline
 
-    def _take_over(self, item: Item, name: bytes, typed: bytes) -> Put:
-        """A record of another store with the same serializer: its file is linked, or copied across file systems."""
-        assert item.raw is not None
-        record, path = item.raw
+    def _take_over(self, item: Adopted) -> _Ready:
+        key, seq, record, path = item
+        name, typed = _keys.encode(key) or (self.name(key, create=True) or b"", _keys.pickled_key(key))
         if record.kind != BLOB:
-            return Put(name, item.seq, PACKED, record.body, typed, item.fresh)
+            return item, Put(name, seq, PACKED, record.body, typed), None
         blob = self.blobs.link(path)
         try:
-            ref = Ref.unpack(record.body)._replace(blob=blob, label=self._free_label(item.key, name))
+            ref = Ref.unpack(record.body)._replace(blob=blob, label=self._free_label(key, name))
         except BaseException:
             self.blobs.remove([blob])
             raise
-        return Put(name, item.seq, BLOB, ref.pack(), typed, item.fresh)
+        return item, Put(name, seq, BLOB, ref.pack(), typed), None
 
-    def _commit(
-        self,
-        batch: list[_Ready],
-        deletes: Sequence[tuple[Any, bytes]],
-        written: Written,
-    ) -> None:
+    def _commit(self, batch: list[_Ready], deletes: Sequence[tuple[Any, bytes]], written: Written) -> None:
         """Commit a batch, which is empty afterwards, and do what the commit leaves to be done."""
-        keys: dict[bytes, Any] = {name: key for key, name in deletes}
-        puts: list[Put] = []
-        copies: list[tuple[str, bytes]] = []
-        count = len(self.index)
-        loose = not self._files_only and count < self._loose
-        blobs = False
-        for item, put, _ in batch:
-            keys[put.name] = item.key
-            if put.kind == BLOB:
-                blobs = True
-            elif loose and count + len(copies) < self._loose:
-                label = self.label(item.key, put.name)
-                if self._free_label(item.key, put.name) == label:
-                    copies.append((label, put.body))
-                    put = put._replace(kind=LOOSE)
-            puts.append(put)
-        if blobs:
+        puts = [put for _, put, _ in batch]
+        if any(put[2] == BLOB for put in puts):
             self.blobs.sync()
-        new = {put.name: put for put in puts}
+        copies = self._make_loose(batch, puts)
         left: list[bytes] = []
 
         def notes(replaced: dict[bytes, Record]) -> list[bytes]:
-            left.clear()
-            old = {
-                name: (ref.blob, ref.label) if ref else ("", self.label(keys[name], name))
-                for name, record in replaced.items()
-                for ref in [Ref.unpack(record.body) if record.kind == BLOB else None]
-            }
-            for name, (blob, label) in old.items():
-                put = new.get(name)
-                if put is None or put.kind == PACKED or (put.kind == LOOSE and blob):
-                    left.append(pack_note(name, blob, label))
-            for name, put in new.items():
-                if put.kind == BLOB:
-                    left.append(pack_note(name, Ref.unpack(put.body).blob, old.get(name, ("", ""))[1]))
+            left[:] = self._notes(replaced, batch_keys(), puts)
             return left
 
-        ready, batch[:] = (
-            list(batch),
-            [],
-        )  # from here on its files must stay, unless the index says that it wrote nothing
+        def batch_keys() -> dict[bytes, Any]:
+            return {name: key for key, name in deletes} | {put.name: item.key for item, put, _ in ready}
+
+        ready = list(batch)
+        batch.clear()  # from here on its files must stay, unless the index says that it wrote nothing
         try:
             commit = self.index.commit(puts, [name for _, name in deletes], notes=notes)
         except DiskFullError:
             self._discard(ready)
             raise
         self.commits.append((commit.before, commit.version))
-        for item, _, baseline in ready:
-            written.done[item.key] = (commit.version, baseline)
+        written.done.extend([(item, commit.version, baseline) for item, _, baseline in ready])
         if left:
             with contextlib.suppress(DiskFullError):  # all is committed; names wait for the next time
                 self.settle()
         for label, body in copies:
-            self._write_copy(label, body)
+            with contextlib.suppress(OSError):  # a convenience, and no reason to fail what is committed
+                self.blobs.write_copy(label, body)
 
-    def _write_copy(self, label: str, body: bytes) -> None:
-        """A convenience: a copy that cannot be written is no reason to fail a write that is committed."""
-        with contextlib.suppress(OSError):
-            self.blobs.write_copy(label, body)
+    def _make_loose(self, batch: list[_Ready], puts: list[Put]) -> list[tuple[str, bytes]]:
+        """While there are few keys, small values get a readable copy: their puts are marked, the copies returned."""
+        copies: list[tuple[str, bytes]] = []
+        room = 0 if self._files_only else self._loose - len(self.index)
+        if room > 0:
+            for number, (item, put, _) in enumerate(batch):
+                if len(copies) >= room:
+                    break
+                if put.kind == PACKED:
+                    label = self.label(item.key, put.name)
+                    if self._free_label(item.key, put.name) == label:
+                        copies.append((label, put.body))
+                        puts[number] = put._replace(kind=LOOSE)
+        return copies
+
+    def _notes(self, replaced: dict[bytes, Record], keys: dict[bytes, Any], puts: list[Put]) -> list[bytes]:
+        """What has to be done after a commit that writes these puts and replaces these records."""
+        old = {
+            name: (ref.blob, ref.label) if ref else ("", self.label(keys[name], name))
+            for name, record in replaced.items()
+            for ref in [Ref.unpack(record.body) if record.kind == BLOB else None]
+        }
+        new = {put.name: put for put in puts if put.kind == BLOB or put.name in old}
+        left = []
+        for name, (blob, label) in old.items():
+            put = new.get(name)
+            if put is None or put.kind == PACKED or (put.kind == LOOSE and blob):
+                left.append(pack_note(name, blob, label))
+        for name, put in new.items():
+            if put.kind == BLOB:
+                left.append(pack_note(name, Ref.unpack(put.body).blob, old.get(name, ("", ""))[1]))
+        return left
 
     def settle(self) -> int:
         """Do what commits left to be done: rename new files to the names of their keys, unlink what was replaced."""

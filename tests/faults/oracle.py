@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from chest import Chest
-from chest._store import BLOB, Ref
 
 SOURCES = str(Path(__file__).resolve().parents[2] / "src")
 N_KEYS = 14  # of each writer
+LARGE = (1, 3, 4)  # values of these kinds, number modulo 7, are files
 
 
 class Wrong(AssertionError):
@@ -153,10 +153,7 @@ def steps(seed: int, writer: int, generation: int, *, in_place: bool) -> list[St
     """What a writer does in a generation. A change or deletion of a key that is not there is left out by ``apply``."""
     rng = random.Random(f"{seed}/{writer}/{generation}")
     kinds = ["set"] * 5 + ["delete"] * 2 + ["read"] * 2 + ["change"] * 3 * in_place
-    return [
-        Step(rng.choice(kinds), Tag(writer, rng.randrange(N_KEYS), generation, step))
-        for step in range(rng.randint(1, 14))
-    ]
+    return [Step(rng.choice(kinds), Tag(writer, rng.randrange(N_KEYS), generation, step)) for step in range(rng.randint(1, 14))]
 
 
 def apply(state: State, step: Step) -> bool:
@@ -224,12 +221,22 @@ def _actual(chest: Chest[Any, Any], writer: int) -> State:
     for number in range(N_KEYS):
         name = key(writer, number)
         if name in chest:
+            if number % 7 in LARGE:
+                _check_file(chest, name)
             state[number] = whole(chest[name], writer, number)
         else:
             default = object()
             if chest.get(name, default) is not default:
                 raise Wrong(f"{name!r:.60} is not in the chest and yet has a value")
     return state
+
+
+def _check_file(chest: Chest[Any, Any], name: Any) -> None:
+    file = Path(chest.key_to_filename(name))
+    if not file.is_file():
+        raise Wrong(f"{name!r:.60} is in the index and its file is not there: {file}")
+    if ".keys" in file.relative_to(chest.path).parts:
+        raise Wrong(f"the file of {name!r:.60} has not got its own name: {file}")
 
 
 def _possible(seed: int, writer: int, done: Progress, *, in_place: bool) -> Iterator[State]:
@@ -292,25 +299,12 @@ def files(path: Path) -> set[str]:
 
 
 def check_tidy(chest: Chest[Any, Any]) -> None:
-    """What crashes have left is gone, and what is recorded is there: to be called right after an open."""
+    """What crashes have left is gone: to be called right after an open."""
     present = files(Path(chest.path))
     if extra := present - set(chest._store.labels()):
         raise Wrong(f"left lying about: {sorted(extra)[:9]}")
-    # The readable copy of a small value is a convenience, written after the commit: only value files must be there.
-    large = set(_value_files(chest))
-    if missing := large - present:
-        raise Wrong(f"recorded and not there: {sorted(missing)[:9]}")
     if notes := chest._store.index.notes():
         raise Wrong(f"{len(notes)} notes are left to be dealt with")
-
-
-def _value_files(chest: Chest[Any, Any]) -> Iterator[str]:
-    index, after = chest._store.index, None
-    while items := index.page(after):
-        after = items[-1].seq
-        for record in index.get_many([item.name for item in items])[1]:
-            if record is not None and record.kind == BLOB:
-                yield Ref.unpack(record.body).label
 
 
 def check_writable(path: Path) -> None:

@@ -64,9 +64,7 @@ def live_and_die(path: Path, rng: random.Random, first: int, *, ack_early: bool 
 
 
 @pytest.mark.parametrize("folder", range(5))
-def test_whatever_was_acknowledged_survives_kill_9(
-    tmp_path: Path, folder: int, scale: Callable[[int, int], int]
-) -> None:
+def test_whatever_was_acknowledged_survives_kill_9(tmp_path: Path, folder: int, scale: Callable[[int, int], int]) -> None:
     for number in range(folder, scale(5, 20), 5):
         rng = random.Random(number)
         path = tmp_path / str(number)
@@ -76,9 +74,7 @@ def test_whatever_was_acknowledged_survives_kill_9(
             try:
                 oracle.check_folder(path, runs)
             except Exception as error:
-                raise AssertionError(
-                    f"folder {number}, life {life}: {runs[-1]._replace(log=runs[-1].log[-200:])}"
-                ) from error
+                raise AssertionError(f"folder {number}, life {life}: {runs[-1]._replace(log=runs[-1].log[-200:])}") from error
         shutil.rmtree(path)
 
 
@@ -137,9 +133,7 @@ def test_a_second_kill_while_the_first_is_recovered_from_does_no_harm(
     oracle.check_folder(path, [run])
 
 
-def test_a_kill_while_a_chest_is_created_leaves_a_folder_that_opens(
-    tmp_path: Path, scale: Callable[[int, int], int]
-) -> None:
+def test_a_kill_while_a_chest_is_created_leaves_a_folder_that_opens(tmp_path: Path, scale: Callable[[int, int], int]) -> None:
     done = _opens_and_dies(tmp_path / "whole", 0)
     assert done.returncode == 0, done.stderr
     n_lines = int(done.stdout)
@@ -157,8 +151,8 @@ def test_a_kill_while_a_chest_is_created_leaves_a_folder_that_opens(
 def _leave_work_behind(path: Path) -> None:
     """The folder as a crash between a commit and what it left to be done leaves it: notes, and files in ``new``."""
     script = (
-        "import os, sys\nimport numpy as np\nfrom chest import Chest\nfrom chest._store import Store\n"
-        "Store.settle = lambda self: os._exit(9)\n"
+        "import os, sys\nimport numpy as np\nfrom chest import Chest\nfrom chest.engines._lmdb import LmdbIndex\n"
+        "LmdbIndex.settle = lambda *arguments, **more: os._exit(9)\n"
         "c = Chest(path=sys.argv[1])\n"
         "for n in range(5): c['kept', n] = np.arange(20_000) + n\n"
         "c.flush()\n"
@@ -235,9 +229,7 @@ def test_the_oracle_sees_a_torn_value(acknowledged: tuple[Path, Run]) -> None:
 
 def test_the_oracle_sees_a_hole_in_a_writers_steps(acknowledged: tuple[Path, Run]) -> None:
     path, run = acknowledged
-    with Chest[Any, Any](
-        path=path
-    ) as chest:  # the last two steps of a generation that was not acknowledged, not the first
+    with Chest[Any, Any](path=path) as chest:  # the last two steps of a generation that was not acknowledged, not the first
         tags = [step.tag for step in oracle.steps(run.seed, 0, N_GENERATIONS, in_place=False) if step.kind == "set"]
         assert len({tag.key for tag in tags}) > 2
         for tag in tags[-2:]:

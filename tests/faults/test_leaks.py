@@ -139,9 +139,7 @@ def test_one_long_life_stays_flat(tmp_path: Path, scale: Callable[[int, int], in
 
 
 @needs_proc
-def test_two_chests_on_one_folder_opened_and_closed_in_turn_stay_flat(
-    tmp_path: Path, scale: Callable[[int, int], int]
-) -> None:
+def test_two_chests_on_one_folder_opened_and_closed_in_turn_stay_flat(tmp_path: Path, scale: Callable[[int, int], int]) -> None:
     path = tmp_path / "chest"
 
     def lives(n: int) -> None:

@@ -54,23 +54,22 @@ def refuse_damaged(folder: str) -> bool:
             raise CorruptError(f"{path} is no regular file: remove it, or put it back from a backup.", path=path)
     try:
         with open(data, "rb", buffering=0) as file:
-            if not os.fstat(file.fileno()).st_size:
-                return True
-            for _ in range(_TRIES):
+            for _ in range(_TRIES if os.fstat(file.fileno()).st_size else 0):
                 file.seek(0)
                 if _is_whole(file):
                     return False
                 time.sleep(0.001)  # another process may be committing, and what was read be half old
-            raise CorruptError(
-                f"{data} is no index of a chest, or has lost its end. Put the folder back from a backup; the value "
-                "files beside it are unharmed.",
-                path=data,
-            )
+            if os.fstat(file.fileno()).st_size:
+                raise CorruptError(
+                    f"{data} is no index of a chest, or has lost its end. Put the folder back from a backup; the value "
+                    "files beside it are unharmed.",
+                    path=data,
+                )
     except (FileNotFoundError, NotADirectoryError):
         pass
     if os.path.lexists(os.path.join(folder, "generation")):  # made after data.mdb
         raise CorruptError(
-            f"{data} is gone. Put it back from a backup; or remove {folder} to begin anew, the value files will stay.",
+            f"{data} is gone, or empty. Put it back from a backup; or remove {folder} to begin anew, the value files will stay.",
             path=data,
         )
     return True

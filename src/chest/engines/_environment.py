@@ -130,7 +130,6 @@ class Environment:
             # Somebody is committing, or died doing so. Readers of a generation that is ahead would check each time.
             with self._env.begin(write=True) as txn:
                 view[0] = txn.id() - 1
-                txn.abort()
         return view
 
     # --- transactions
@@ -184,9 +183,13 @@ class Environment:
                             result, wrote = work(txn)
                             if wrote:
                                 self._commit(txn)
+                            else:
+                                txn.commit()  # writes nothing, and is not kept waiting as `abort` is
                             return result
-                        finally:
-                            txn.abort()  # does nothing once it is committed
+                        except BaseException:
+                            with GATE.calm():  # while others read without a pause it would take seconds
+                                txn.abort()
+                            raise
                     except (lmdb.MapFullError, lmdb.MapResizedError) as error:
                         problem = error
                     except lmdb.Error as error:
@@ -218,7 +221,6 @@ class Environment:
         """The generation is that of the last commit again: a lock is needed, or it could be another's newer one."""
         with contextlib.suppress(lmdb.Error), self.begin(write=True) as txn:
             self.generation[0] = txn.id() - 1
-            txn.abort()
 
     def _is_full(self, error: lmdb.Error) -> bool:
         # LMDB reports a write that fell short as EIO.
@@ -291,9 +293,7 @@ class Environment:
                     size *= 2
             # LMDB gives up the old map before it asks for the new one, and could not go on without.
             if not _fits(size - seen):
-                raise MemoryError(
-                    f"no address space to let the index in {self.folder} grow to {size} bytes (RLIMIT_AS?)"
-                )
+                raise MemoryError(f"no address space to let the index in {self.folder} grow to {size} bytes (RLIMIT_AS?)")
             self._env.set_mapsize(size)
             self.map_size = size
 

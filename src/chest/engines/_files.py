@@ -83,9 +83,7 @@ class FileBlobs(Blobs):
         mode: "b" or "t", for ``opener`` only.
     """
 
-    def __init__(
-        self, root: str, *, sync: bool = True, opener: Callable[..., Any] | None = None, mode: str = "b"
-    ) -> None:
+    def __init__(self, root: str, *, sync: bool = True, opener: Callable[..., Any] | None = None, mode: str = "b") -> None:
         self.root = root
         self._new = os.path.join(root, ".keys", "new")
         self._sync = sync
@@ -284,6 +282,8 @@ class FileBlobs(Blobs):
             if not label:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
             path = self.path(name, label, new=False)
+            if "/" not in label:
+                return os.open(path, flags)
             with below(self.root, label) as (folder, last):
                 return os.open(last, flags, dir_fd=folder)
         except OSError as error:
@@ -381,7 +381,7 @@ class FileBlobs(Blobs):
     def remove(self, names: Iterable[str]) -> None:
         """Remove blobs that are not published; what is not there is no error."""
         for name in names:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 os.unlink(self.path(name, "", new=True))
 
     def sweep(self, noted: Callable[[], Iterable[bytes | str]]) -> int:
@@ -395,6 +395,8 @@ class FileBlobs(Blobs):
             names = [name for name in os.listdir(self._new) if _NAME.fullmatch(name) and not name.startswith("owner-")]
         except (FileNotFoundError, NotADirectoryError):
             return 0
+        except OSError as error:
+            raise PathError(f"{self._new} cannot be read ({error.strerror}): move it away.", path=self._new) from error
         dead = set(_fs.dead_owners(self._new))
         alive = set(_fs.owners(self._new)) - dead
         left = [name for name in names if name.rpartition("-")[0] not in alive]

@@ -67,8 +67,6 @@ def below(root: str, label: str, *, create: bool = False) -> Iterator[tuple[int 
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
             except OSError as error:
                 if error.errno in (errno.ELOOP, errno.ENOTDIR):
-                    raise PathError(
-                        f"{path} is in the way: it is a link or a file, not a folder.", path=path
-                    ) from error
+                    raise PathError(f"{path} is in the way: it is a link or a file, not a folder.", path=path) from error
                 raise
         yield fd, os.path.join(root, *parts) if fd is None else parts[-1]

@@ -398,9 +398,7 @@ class IndexContract:
 
         with self.index(tmp_path) as index, self.index(tmp_path) as other:
             handles = [index, other]
-            writers = [
-                threading.Thread(target=guarded, args=(lambda n=n: write(handles[n % 2], n),)) for n in range(n_threads)
-            ]
+            writers = [threading.Thread(target=guarded, args=(lambda n=n: write(handles[n % 2], n),)) for n in range(n_threads)]
             readers = [threading.Thread(target=guarded, args=(lambda n=n: read(handles[n]),)) for n in range(2)]
             for thread in writers + readers:
                 thread.start()
