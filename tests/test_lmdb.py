@@ -423,7 +423,7 @@ def test_little_address_space_means_a_smaller_map(keys: str) -> None:
         "    print('refused')\n"
     )
     size, refused = in_another_process(code, keys).split()
-    assert int(size) == 64 << 20
+    assert 64 << 20 <= int(size) < 450 << 20
     assert refused == "refused"
 
 

@@ -364,16 +364,21 @@ def test_deep_nesting_does_not_exhaust_the_stack(kind: type) -> None:
         value = value["a"] if kind is dict else value[0]
 
 
-def test_a_caller_just_below_the_recursion_limit_gets_an_answer() -> None:
-    value = {"a": [[1000.5] * 3, {"b": texts(3)}]}
+@pytest.mark.parametrize("n_frames", [30, 45, 60])
+def test_a_caller_just_below_the_recursion_limit_gets_the_whole_answer(n_frames: int) -> None:
+    value: Any = [1000.5]
+    for _ in range(15):
+        value = {"a": [value]}
 
-    def at_the_bottom(depth: int) -> int:
-        try:
-            return at_the_bottom(depth + 1)
-        except RecursionError:
-            return nbytes(value)
+    def fall(depth: int) -> int:
+        return fall(depth - 1) if depth else nbytes(value)
 
-    assert at_the_bottom(0) > 0
+    depth = 0
+    frame = sys._getframe()
+    while frame is not None:
+        depth, frame = depth + 1, frame.f_back  # type: ignore[assignment]
+    nbytes(value)
+    assert fall(sys.getrecursionlimit() - depth - n_frames) == deep_bytes(value)
 
 
 def tree(depth: int, width: int) -> Any:
@@ -431,6 +436,11 @@ class Plain:
         self.text = f"text number {i}"
 
 
+class Wide:
+    def __init__(self, i: int) -> None:
+        self.a, self.b, self.c, self.d, self.e, self.f, self.g, self.h = map(float, range(i, i + 8))
+
+
 class Slots:
     __slots__ = ("__hidden", "empty", "number")
 
@@ -439,7 +449,7 @@ class Slots:
         self.__hidden = f"text number {i}"
 
 
-@pytest.mark.parametrize("make", [Plain, Slots, lambda i: SimpleNamespace(a=i + 1000, b=float(i))])
+@pytest.mark.parametrize("make", [Plain, Wide, Slots, lambda i: SimpleNamespace(a=i + 1000, b=float(i))])
 def test_objects_count_what_the_allocator_gave_them(make: Callable[[int], object]) -> None:
     gc.collect()
     make(0)
@@ -556,6 +566,7 @@ def test_buffers_are_exact() -> None:
     assert nbytes(memoryview(text)) == nbytes(memoryview(text)[:10]) == 10_000
     assert nbytes(memoryview(np.ones(1000))[:5]) == pytest.approx(8000, abs=200)
     assert 10_000 <= nbytes([text, memoryview(text), memoryview(text)[5:]]) < 10_300
+    assert nbytes(memoryview(mmap.mmap(-1, 8192))[:100]) == 100  # what was not read of a mapped file is not in memory
     released = memoryview(text)
     released.release()
     assert nbytes(released) < 1000
@@ -649,6 +660,15 @@ def test_extension_columns_count_their_buffers() -> None:
     assert nbytes(frame) == pytest.approx(int(frame.memory_usage(deep=True).sum()), rel=0.1)
     index = pd.MultiIndex.from_product([range(1000), range(50)])
     assert nbytes(index) == pytest.approx(int(index.memory_usage(deep=True)), rel=0.1)
+
+
+def test_the_hash_table_of_an_index_counts() -> None:
+    pd = pytest.importorskip("pandas")
+    index = pd.Index(np.random.default_rng(1).permutation(10_000))
+    before = nbytes(index)
+    assert index.get_loc(5000) >= 0
+    assert nbytes(index) == pytest.approx(int(index.memory_usage()), abs=2000)
+    assert nbytes(index) > before + 80_000
 
 
 def test_arrow_backed_columns_count_their_buffers() -> None:

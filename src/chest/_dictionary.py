@@ -23,15 +23,17 @@ class Dictionary(Keeper, MutableMapping[K, V], Generic[K, V]):
     """A mutable mapping with everything a user of ``dict`` types."""
 
     def __getitem__(self, key: K) -> V:
-        try:
-            entry = self._entries[key]
-        except KeyError:
-            return cast(V, self._miss(key))
-        if self._generation[0] == self._seen and entry.epoch == self._epoch:
-            entry.hot = True
-            self._hits += 1
-            return cast(V, entry.value)
-        return cast(V, self._hit_after_change(key, entry))
+        entry = self._entries.get(key)
+        if entry is not None:
+            if self._generation[0] == self._seen and entry.epoch == self._epoch:
+                entry.hot = True
+                self._hits += 1
+                value: V = entry.value
+                return value
+            value = self._hit_after_change(key, entry)
+            return value
+        value = self._miss(key)
+        return value
 
     def __setitem__(self, key: K, value: V) -> None:
         with self.lock:
@@ -49,7 +51,7 @@ class Dictionary(Keeper, MutableMapping[K, V], Generic[K, V]):
             if key in self._tombs:
                 return False
             name = self._store.name(key)
-            return name is not None and self._store.index.get(name) is not None
+            return name is not None and self._store.has(name)
 
     def __len__(self) -> int:
         """The number of keys. O(1), plus a look at each key set since the last time."""

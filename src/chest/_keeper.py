@@ -23,6 +23,7 @@ import logging
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
+from ._keys import name_of
 from ._memory import Entry
 from ._records import Loaded
 from ._sizing import nbytes
@@ -102,7 +103,7 @@ class Keeper(Spiller):
     def _load(self, key: Hashable) -> Loaded | None:
         if key in self._tombs:
             return None
-        name = self._store.name(key)
+        name = name_of(key) or self._store.name(key)
         return None if name is None else self._store.load(key, name)
 
     def _admit(self, key: Any, loaded: Loaded, *, lent: bool) -> None:
@@ -187,13 +188,13 @@ class Keeper(Spiller):
             entry = None
         name = self._store.name(key)
         if entry is None:
-            if key in self._tombs or name is None or self._store.index.get(name) is None:
+            if key in self._tombs or name is None or not self._store.has(name):
                 raise KeyError(key)
             stored = True
         else:
             if entry.stored is None or key in self._unsure:
                 self._unsure.pop(key, None)
-                stored = name is not None and self._store.index.get(name) is not None
+                stored = name is not None and self._store.has(name)
             else:
                 stored = bool(entry.stored)
                 if entry.dirty and not stored:
@@ -220,9 +221,9 @@ class Keeper(Spiller):
                 entry.stored = False
             self._n_new += len(unsure)
             return
-        for entry, record in zip(unsure.values(), index.get_many(self._names(unsure))[1], strict=True):
-            entry.stored = record is not None
-            self._n_new += record is None
+        for entry, stored in zip(unsure.values(), self._store.has_each(self._names(unsure)), strict=True):
+            entry.stored = stored
+            self._n_new += not stored
 
     def _names(self, keys: Iterable[Any]) -> list[bytes]:
         names = [self._store.name(key, create=True) for key in keys]
@@ -233,8 +234,7 @@ class Keeper(Spiller):
         self._resolve()
         gone = len(self._tombs)
         if gone and self._epoch:  # somebody else may have deleted them too
-            names = list(self._tombs.values())
-            gone = sum(record is not None for record in self._store.index.get_many(names)[1])
+            gone = sum(self._store.has_each(list(self._tombs.values())))
         return len(self._store.index) + self._n_new - gone
 
     def _own_new(self, reverse: bool) -> list[Entry]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import xxhash
@@ -17,6 +17,7 @@ from .serializers import Codec, ViewFile
 __all__ = ["Reader"]
 
 _hash = xxhash.xxh3_64_intdigest
+_loaded = tuple.__new__
 
 
 class Reader:
@@ -105,10 +106,27 @@ class Reader:
         """The key's label, or a variant of it where a file that is not this key's lies there already."""
         label = self.label(key, name)
         if self.blobs.exists(label):
-            old = self.index.get(name)
+            try:
+                old = self.index.get(name)
+            except CorruptError:  # whose file this is cannot be told any more
+                old = None
             if old is None or old.kind == PACKED or (old.kind == BLOB and Ref.unpack(old.body).label != label):
                 return f"{label}~{_hash(name + os.urandom(8)):016x}"
         return label
+
+    def has(self, name: bytes) -> bool:
+        """Whether there is a record of this name, be it damaged: it can be overwritten and deleted."""
+        try:
+            return self.index.get(name) is not None
+        except CorruptError:
+            return True
+
+    def has_each(self, names: Sequence[bytes]) -> list[bool]:
+        """As ``has``, for many."""
+        try:
+            return [record is not None for record in self.index.get_many(names)[1]]
+        except CorruptError:
+            return [self.has(name) for name in names]
 
     # --- reading
 
@@ -121,25 +139,23 @@ class Reader:
         """
         try:
             record = self.index.get(name)
-            return None if record is None else self._decode(key, name, record)
+            if record is None:
+                return None
+            return self._decode_packed(key, record) if record[2] != BLOB else self._decode(key, name, record)
         except LoadError as error:
             raise self._about(key, error) from error.__cause__
 
     def decode_for(self, key: Hashable, name: bytes, record: Record) -> Loaded | None:
         """As ``load``, for a record that was read in a batch."""
         try:
-            return self._decode(key, name, record)
+            return self._decode_packed(key, record) if record[2] != BLOB else self._decode(key, name, record)
         except LoadError as error:
             raise self._about(key, error) from error.__cause__
 
     def _decode(self, key: Hashable, name: bytes, record: Record) -> Loaded | None:
         """The value behind a record; None if it was deleted meanwhile."""
         if record.kind != BLOB:
-            try:
-                value = self.codec.loads(record.body)
-            except Exception as error:
-                raise self._unloadable(key, error) from error
-            return Loaded(value, record, None if _changes.is_immutable(value) else _hash(record.body))
+            return self._decode_packed(key, record)
         while True:
             ref = Ref.unpack(record.body)
             try:
@@ -157,6 +173,14 @@ class Reader:
                 record = newer
                 if record.kind != BLOB:
                     return self._decode(key, name, record)
+
+    def _decode_packed(self, key: Hashable, record: Record) -> Loaded:
+        body = record[3]
+        try:
+            value = self.codec.loads(body)
+        except Exception as error:
+            raise self._unloadable(key, error) from error
+        return _loaded(Loaded, (value, record, None if _changes.is_immutable(value) else _hash(body)))
 
     def _read_blob(self, key: Hashable, ref: Ref, record: Record) -> Loaded:
         path = self.blobs.path(ref.blob, ref.label)

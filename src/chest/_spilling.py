@@ -22,9 +22,9 @@ __all__ = ["Spiller"]
 
 _log = logging.getLogger("chest")
 
-SLACK_BYTES = 4 << 20  # an eviction goes on this far below the limit (or a tenth of it), so that it pays for its commit
+SLACK_BYTES = 4 << 20  # an eviction goes on this far below the limit (or a quarter of it), so that it pays for its commit
 PINNED_BYTES = 4 << 20  # of values that are held by a part of them only, this much is watched (or a quarter of the limit)
-POLLED = 8  # lent values looked at in one go
+POLLED = 3  # lent values looked at with each operation: more than it can add
 
 
 class Spiller:
@@ -114,11 +114,11 @@ class Spiller:
         target = tier.limit - needed - (sum(self._pinned.values()) if self._pinned else 0)
         if tier.usage <= target:
             return None
-        return self._evict(tier.victims(max(0, target - min(tier.limit // 10, SLACK_BYTES)), spare))
+        return self._evict(tier.victims(max(0, target - min(tier.limit // 4, SLACK_BYTES)), spare))
 
     def _evict(self, victims: list[Entry]) -> ChestError | None:
         """Let entries leave memory, the changed ones by way of the store. What cannot be written stays."""
-        unwritten = [entry for entry in victims if entry.dirty or self._find_change(entry)]
+        unwritten = [entry for entry in victims if entry.dirty or (entry.baseline is not None and self._find_change(entry))]
         error = None
         failed: dict[Any, ChestError] = {}
         if unwritten:
@@ -126,12 +126,17 @@ class Spiller:
                 for entry in unwritten:
                     self._on_overflow(entry.key)
             error = self._write(unwritten, failed)
+        remove = self._tier.remove
         for entry in victims:
             if entry.dirty:
                 if entry.key in failed:  # the others come first next time
                     self._tier.keep(entry)
             elif entry.alive:
-                self._leave(entry)
+                if entry.baseline is None:
+                    remove(entry.key)
+                    self._spills += 1
+                else:
+                    self._leave(entry)
         for reason in failed.values():
             _log.warning("chest at %s: %s", self._store.path, reason)
         return error

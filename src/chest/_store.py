@@ -18,7 +18,8 @@ from typing import Any
 
 import xxhash
 
-from . import _changes, _keys, _pickled, errors
+from . import _keys, _pickled, errors
+from ._changes import is_immutable
 from ._reading import Reader
 from ._records import (
     BLOB,
@@ -116,7 +117,7 @@ class Store(Reader):
             typed = _keys.pickled_key(key)
         else:
             name, typed = encoded
-        fixed = _changes.is_immutable(value)
+        fixed = is_immutable(value)
         try:
             if item.size < 2 * SMALL and not self._files_only:
                 body = self.codec.dumps(value)

@@ -60,27 +60,31 @@ def walk(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, bytes 
 def walk_items(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, Any]]:
     """Keys and values in insertion order; the records of a batch are read in one go."""
     pairs = walk(keeper, reverse=reverse)
+    entries, lent, tombs, store = keeper._entries, keeper._lent, keeper._tombs, keeper._store
     while batch := list(islice(pairs, BATCH)):
-        entries, lent, index = keeper._entries, keeper._lent, keeper._store.index
         wanted = [n for k, n in batch if n is not None and k not in entries and k not in lent]
         with keeper.lock:
             keeper._usable()
-            records = dict(zip(wanted, index.get_many(wanted)[1], strict=True)) if wanted else {}
+            found = store.index.get_many(wanted)[1] if wanted else []
+        records = {n: record for n, record in zip(wanted, found, strict=True) if record is not None}
         for key, name in batch:
-            record = None if name is None else records.pop(name, None)
+            record = records.pop(name, None) if name is not None else None
+            loaded = None
+            if record is not None and name is not None and key not in entries and key not in lent and key not in tombs:
+                loaded = store.decode_for(key, name, record)
+                if loaded is not None and loaded[2] is None:  # it cannot be changed, so nobody needs to watch it
+                    yield key, loaded[0]
+                    continue
             with keeper.lock:
                 keeper._usable()
-                if record is None or name is None or key in entries or key in lent or key in keeper._tombs:
+                if loaded is None or key in entries or key in lent or key in tombs:
                     try:
                         value = keeper._peek(key)
                     except KeyError:
                         continue  # deleted since
                 else:
-                    loaded = keeper._store.decode_for(key, name, record)
-                    if loaded is None:
-                        continue
                     value = keeper._lend(key, loaded)
-                    del loaded
+                loaded = None
             yield key, value
             del value
 

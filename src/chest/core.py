@@ -349,9 +349,9 @@ class Chest(Dictionary[K, V]):
         self.close()
 
     def __del__(self) -> None:
-        if self._closed:
+        if self._closed or sys.is_finalizing():  # what can be done at exit was done before
             return
-        if not self._scratch and (self._dirty or self._tombs) and not sys.is_finalizing():
+        if not self._scratch and (self._dirty or self._tombs):
             warnings.warn(f"{self} was not closed: its values are written now", ResourceWarning, stacklevel=2, source=self)
         if self._store.index.busy():
             _lifetime.close_later(self)

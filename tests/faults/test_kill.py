@@ -166,7 +166,7 @@ def _leave_work_behind(path: Path) -> None:
 # --- the oracle must catch what is wrong
 
 
-N_GENERATIONS = 31
+N_GENERATIONS = 33
 
 
 @pytest.fixture(name="acknowledged")

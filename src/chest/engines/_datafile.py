@@ -69,7 +69,7 @@ def refuse_damaged(folder: str) -> bool:
         pass
     if os.path.lexists(os.path.join(folder, "generation")):  # made after data.mdb
         raise CorruptError(
-            f"{data} is gone, or empty. Put it back from a backup; or remove {folder} to begin anew, the value files will stay.",
+            f"{data} is gone, or empty. Put it back from a backup; or remove {folder} to begin anew: the value files stay.",
             path=data,
         )
     return True

@@ -30,10 +30,14 @@ class BlobsContract:
         finally:
             blobs.close()
 
+    def write(self, blobs: Blobs, data: bytes) -> tuple[str, int]:
+        """A blob with these bytes."""
+        return blobs.write(lambda file: file.write(data))
+
     def test_what_is_written_comes_back(self, tmp_path: Path) -> None:
         for data in (b"", b"x", bytes(range(256)) * 1000, b"0" * 5_000_000):
             with self.blobs(tmp_path) as blobs:
-                name, size = blobs.write(lambda file, data=data: file.write(data))
+                name, size = self.write(blobs, data)
                 blobs.sync()
                 assert size == len(data)
                 assert blobs.read(name, "") == data
@@ -52,7 +56,7 @@ class BlobsContract:
 
     def test_every_blob_has_a_name_of_its_own(self, tmp_path: Path) -> None:
         with self.blobs(tmp_path) as blobs, self.blobs(tmp_path) as other:
-            names = [(blobs, other)[n % 2].write(lambda file, n=n: file.write(b"%d" % n))[0] for n in range(50)]
+            names = [self.write((blobs, other)[n % 2], b"%d" % n)[0] for n in range(50)]
             assert len(set(names)) == 50
             assert [bytes(blobs.read(name, "")) for name in names] == [b"%d" % n for n in range(50)]
 
@@ -62,7 +66,7 @@ class BlobsContract:
             raise ZeroDivisionError
 
         with self.blobs(tmp_path) as blobs:
-            blobs.write(lambda file: file.write(b"x"))
+            self.write(blobs, b"x")
             before = sorted(str(path) for path in tmp_path.rglob("*"))
             with raises(ZeroDivisionError):
                 blobs.write(dump)
@@ -70,7 +74,7 @@ class BlobsContract:
 
     def test_what_is_not_there_is_not_found(self, tmp_path: Path) -> None:
         with self.blobs(tmp_path) as blobs:
-            name, _ = blobs.write(lambda file: file.write(b"x"))
+            name, _ = self.write(blobs, b"x")
             blobs.remove([name])
             blobs.remove([name])
             for label in ("", "x", "a/b/c"):
@@ -79,21 +83,21 @@ class BlobsContract:
 
     def test_changing_what_was_read_changes_nothing_that_is_stored(self, tmp_path: Path) -> None:
         with self.blobs(tmp_path) as blobs:
-            name, _ = blobs.write(lambda file: file.write(b"abc"))
+            name, _ = self.write(blobs, b"abc")
             view = blobs.read(name, "")
             if not view.readonly:
                 view[0] = 0
-            assert blobs.read(name, "") == b"abc"
+            assert bytes(blobs.read(name, "")) == b"abc"
 
     def test_what_was_read_outlives_its_removal_and_the_closing(self, tmp_path: Path) -> None:
         with self.blobs(tmp_path) as blobs:
-            name, _ = blobs.write(lambda file: file.write(b"abc" * 100_000))
+            name, _ = self.write(blobs, b"abc" * 100_000)
             view = blobs.read(name, "")
             blobs.remove([name])
         assert view == b"abc" * 100_000
 
     def test_closing_twice_does_nothing(self, tmp_path: Path) -> None:
         blobs = self.make_blobs(tmp_path)
-        blobs.write(lambda file: file.write(b"x"))
+        self.write(blobs, b"x")
         blobs.close()
         blobs.close()
