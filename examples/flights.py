@@ -270,9 +270,7 @@ def query(c: Chest) -> None:
         memory.look()
     tail, n = next((tail, n) for tail, n in counts.most_common() if tail in c)
     plane = c[tail]
-    print(
-        f"\n  The busiest plane, {tail}: {n} flights, {plane['manufacturer']} {plane['model']}, {plane['seats']} seats"
-    )
+    print(f"\n  The busiest plane, {tail}: {n} flights, {plane['manufacturer']} {plane['model']}, {plane['seats']} seats")
     expected = flights["tailnum"].value_counts()
     known = expected[expected.index.isin(planes["tailnum"])]
     check("flights of each plane", [known.max() == n, *(expected[name] == count for name, count in counts.items())])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import array
 import collections
 import copy
+import copyreg
+import ctypes
 import dataclasses
 import datetime
 import decimal
@@ -25,7 +27,9 @@ import re
 import sys
 import threading
 import types
+import typing
 import uuid
+import warnings
 import weakref
 import zoneinfo
 from collections.abc import Callable, Iterator
@@ -149,7 +153,39 @@ class DictSentinel:
         return "DICT_SENTINEL"
 
 
-SENTINEL, DICT_SENTINEL = Sentinel(), DictSentinel()
+class Marker:
+    __slots__ = ()
+
+
+class Registered:
+    """Found again by a function that is registered with copyreg."""
+
+
+class TupleWithAttributes(tuple[Any, ...]):
+    pass
+
+
+class ListedSlots:
+    __slots__ = ["members"]  # noqa: RUF023 - any iterable names slots
+
+    def __init__(self, *members: Any) -> None:
+        self.members = list(members)
+
+
+class Tagged(np.ndarray):
+    """An array with attributes."""
+
+
+def tagged() -> Tagged:
+    a = Tagged((3,))
+    a.tags = [1]
+    return a
+
+
+SENTINEL, DICT_SENTINEL, MARKER, REGISTERED = Sentinel(), DictSentinel(), Marker(), Registered()
+copyreg.pickle(Registered, lambda x: "REGISTERED")
+WITH_SENTINEL = (SENTINEL, (DICT_SENTINEL, 1))
+LONG_CONSTANT = tuple((i, (i, frozenset({i}))) for i in range(100))
 
 
 def tree() -> Node:
@@ -260,8 +296,14 @@ MUTABLE: dict[str, Callable[[], Any]] = {
     "patterns": lambda: [re.compile("a+b"), decimal.Decimal(1), pathlib.Path("a"), list[int]],
     "interned": lambda: [Interned("a"), {"x": Interned("b")}, (Interned("c"),)],
     "sentinels": lambda: {"x": SENTINEL, "y": [DICT_SENTINEL], "z": NotImplemented},
+    "shared markers": lambda: [MARKER, REGISTERED, WITH_SENTINEL, [WITH_SENTINEL]],
+    "typing": lambda: [typing.List[int], typing.Optional[str], {"x": typing.Any}],  # noqa: UP006, UP045
+    "tuple with attributes": lambda: TupleWithAttributes((1, 2)),
+    "listed slots": lambda: ListedSlots(1),
+    "array with attributes": tagged,
+    "owned record": lambda: record_array()[0].copy(),
     "lock that is left out": lambda: types.SimpleNamespace(lock=LOCK),
-    "constants": lambda: {"shape": ((1, 2), (3, (4, 5))), "names": frozenset({"a", ("b", "c")})},
+    "constants": lambda: {"long": LONG_CONSTANT, "shape": ((1, 2), (3, (4, 5))), "names": frozenset({"a", ("b", "c")})},
     "random generator": lambda: [random.Random(1)],
     "streams": lambda: [io.BytesIO(b"abc"), io.StringIO("abc")],
     "iterators": lambda: [iter([1, 2]), iter({1: 2})],
@@ -364,7 +406,9 @@ def test_what_may_change_is_not_immutable(value: Any) -> None:
 
 
 def test_what_is_stored_by_value_because_it_stands_in_main_is_not_immutable(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_immutable(math_like)
     monkeypatch.setattr(math_like, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "math_like", math_like, raising=False)
     assert not is_immutable(math_like)
 
 
@@ -501,6 +545,12 @@ def grab(entry: Slot, way: Callable[[Any], Any], expected: Held) -> None:
         pytest.param(record_array, lambda v: v["inner"]["o"][0], id="member of a nested record"),
         pytest.param(record_array, lambda v: v["two"][1, 1]["x"], id="member of a subarray"),
         pytest.param(lambda: np.array([1, [2]], dtype=object)[1:].reshape(()), lambda v: v.item(), id="in 0-d"),
+        pytest.param(lambda: record_array()[0].copy(), lambda v: v["inner"]["o"], id="member of an owned record"),
+        pytest.param(lambda: np.lib.stride_tricks.as_strided(np.arange(4)), lambda v: v.base.base, id="strided"),
+        pytest.param(tagged, lambda v: v.tags, id="attribute of an array"),
+        pytest.param(lambda: [TupleWithAttributes((1,))], lambda v: v[0], id="tuple with attributes"),
+        pytest.param(lambda: ListedSlots([1]), lambda v: v.members, id="listed slot"),
+        pytest.param(lambda: [ListedSlots()], lambda v: v[0], id="instance with listed slots"),
         pytest.param(lambda: [np.ma.array([1], mask=[1])], lambda v: v[0].mask, id="mask"),
         pytest.param(lambda: np.ma.array([1], mask=[1]), lambda v: v.mask, id="mask of the value"),
         pytest.param(lambda: [np.random.default_rng(1)], lambda v: v[0], id="numpy generator"),
@@ -614,7 +664,11 @@ def test_what_pandas_keeps_in_a_frame_that_refers_to_the_frame_is_no_holder() ->
     entry, inside = Slot(pd.Series(["a", "b"])), Slot({"x": pd.Series(["a", "b"])})
     assert entry.value.str.upper()[0] == "A"
     assert inside.value["x"].str.upper()[0] == "A"
-    entry.value._mine = [entry.value, (entry.value,)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pandas takes it for a column
+        for series in (entry.value, inside.value["x"]):
+            series._mine = [series, (series,)]
+    del series
     assert ask(entry) is Held.NO
     assert ask(inside) is Held.NO
     holder = inside.value["x"]
@@ -637,7 +691,7 @@ def test_arrow_and_polars_tables_inside_a_value_are_held_only_by_references_to_t
     del table
 
 
-def load_mapped(value: Any) -> Any:
+def load_mapped(value: Any, kept: list[memoryview] | None = None) -> Any:
     """As values are loaded from a mapped file: the buffers lie in it, the rest is unpickled."""
     buffers: list[pickle.PickleBuffer] = []
     data = pickle.dumps(value, 5, buffer_callback=buffers.append)
@@ -648,6 +702,8 @@ def load_mapped(value: Any) -> Any:
         mapping[offset : offset + raw.nbytes] = raw
         views.append(memoryview(mapping)[offset : offset + raw.nbytes])
         offset += raw.nbytes
+    if kept is not None:
+        kept += views
     return pickle.loads(data, buffers=views)
 
 
@@ -662,6 +718,23 @@ def test_arrays_in_a_mapping_are_held_by_their_views_but_not_by_the_mapping() ->
         assert ask(entry) is Held.INNER
         del something
         assert ask(entry) is Held.NO
+
+
+@counts_references
+def test_who_holds_the_mapping_holds_no_value() -> None:
+    kept: list[memoryview] = []
+    entry = Slot(load_mapped({"a": np.arange(12.0), "b": [np.ones(3)]}, kept))
+    assert ask(entry) is Held.NO
+    assert len(kept) == 2
+
+
+@counts_references
+def test_objects_of_the_chest_itself_are_not_entered() -> None:
+    cls = type("OfTheChest", (), {"__module__": "chest.core"})
+    entry, shared = Slot([cls()]), [1]
+    entry.value[0].entries = shared
+    assert ask(entry) is Held.NO
+    shared.append(2)
 
 
 @counts_references
@@ -942,6 +1015,27 @@ def test_more_ranges_than_fit_in_one_answer_are_all_found(way: str, tmp_path: Pa
         mapped.view[page * PAGE] ^= 1
     expected = [(page * PAGE, (page + 1) * PAGE) for page in range(0, 40, 2)] + [(41 * PAGE, 60 * PAGE)]
     assert written_pages(mapped.address, 64 * PAGE) == expected
+
+
+@linux_only
+def test_pages_that_the_kernel_tells_of_apart_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does for those that are in swap and those that are not."""
+    import fcntl
+
+    if not _changes._works(_changes._scan):
+        pytest.skip("no PAGEMAP_SCAN here")
+    mapped = Mapped(tmp_path / "x", 8)
+
+    def ioctl(file: int, request: int, argument: bytearray, mutate: bool) -> int:
+        words = (ctypes.c_uint64 * 12).from_buffer(argument)
+        start, stop = words[2:4]
+        told = array.array("Q", [start, start + PAGE, 8, start + PAGE, start + 2 * PAGE, 16])
+        ctypes.memmove(words[5], told.buffer_info()[0], 48)
+        words[4] = stop
+        return 2
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    assert written_pages(mapped.address, 8 * PAGE) == [(0, 2 * PAGE)]
 
 
 @linux_only

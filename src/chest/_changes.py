@@ -123,7 +123,7 @@ def _classify(cls: type) -> int:
         _IMMUTABLE.add(cls)
         _ATOMS.add(cls)
         return _LEAF
-    if package == "typing" or not {"chest", "logging"}.isdisjoint(packages):  # these live for themselves
+    if package == "typing" or "chest" in packages:  # stored by name; lives for itself
         return _LEAF
     if not {"pandas", "polars", "pyarrow"}.isdisjoint(packages):
         return _OPAQUE
