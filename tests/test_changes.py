@@ -166,7 +166,7 @@ class TupleWithAttributes(tuple[Any, ...]):
 
 
 class ListedSlots:
-    __slots__ = ["members"]  # noqa: RUF023 - any iterable names slots
+    __slots__ = ["members"]
 
     def __init__(self, *members: Any) -> None:
         self.members = list(members)
