@@ -183,6 +183,14 @@ def tagged() -> Tagged:
     return a
 
 
+class Zone(datetime.tzinfo):
+    """As other packages make them: cached instances with attributes."""
+
+    def __init__(self) -> None:
+        self.transitions = [1]
+
+
+OWN_ZONE = Zone()
 SENTINEL, DICT_SENTINEL, MARKER, REGISTERED = Sentinel(), DictSentinel(), Marker(), Registered()
 copyreg.pickle(Registered, lambda x: "REGISTERED")
 WITH_SENTINEL = (SENTINEL, (DICT_SENTINEL, 1))
@@ -293,6 +301,8 @@ MUTABLE: dict[str, Callable[[], Any]] = {
         datetime.datetime(2020, 1, 1, tzinfo=zoneinfo.ZoneInfo("UTC")),
         datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc),
         zoneinfo.ZoneInfo("UTC"),
+        OWN_ZONE,
+        datetime.datetime(2020, 1, 1, tzinfo=OWN_ZONE),
     ],
     "patterns": lambda: [re.compile("a+b"), decimal.Decimal(1), pathlib.Path("a"), list[int]],
     "interned": lambda: [Interned("a"), {"x": Interned("b")}, (Interned("c"),)],
@@ -790,6 +800,22 @@ def under_profile(f: Callable[[], Any]) -> Any:
         sys.setprofile(old)
 
 
+def under_monitoring(f: Callable[[], Any]) -> Any:
+    monitoring = getattr(sys, "monitoring", None)
+    if monitoring is None:
+        pytest.skip("since Python 3.12")
+    events = monitoring.events
+    monitoring.use_tool_id(4, "test")
+    for event in (events.CALL, events.LINE, events.PY_START, events.PY_RETURN):
+        monitoring.register_callback(4, event, lambda *_: None)
+    monitoring.set_events(4, events.CALL | events.LINE | events.PY_START | events.PY_RETURN)
+    try:
+        return f()
+    finally:
+        monitoring.set_events(4, 0)
+        monitoring.free_tool_id(4)
+
+
 def in_a_thread(f: Callable[[], Any]) -> Any:
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(f()))
@@ -815,7 +841,7 @@ def many_times(f: Callable[[], Any]) -> Any:
 @counts_references
 @pytest.mark.parametrize(
     "around",
-    [under_trace, under_locals_trace, under_profile, in_a_thread, deep_down, in_a_generator, many_times],
+    [under_trace, under_locals_trace, under_profile, under_monitoring, in_a_thread, deep_down, in_a_generator, many_times],
 )
 def test_the_answer_does_not_depend_on_where_it_is_asked(around: Callable[[Callable[[], Any]], Any]) -> None:
     for make in (lambda: [[1], {"a": 2}], lambda: np.zeros(3), lambda: [1], lambda: WithDict([1])):

@@ -124,6 +124,17 @@ def test_a_truncated_file_is_damage_and_no_signal(filled: str, size: int) -> Non
     assert os.stat(data).st_size > 0
 
 
+def test_a_file_that_lacks_pages_in_use_is_damaged_though_its_list_of_free_pages_is_whole(filled: str) -> None:
+    index = LmdbIndex.open(filled, sync=False)
+    for n in range(12):  # these move the roots of the trees to pages that were free
+        index.commit([put("k1", 2, b"%d" % n)])
+    index.close()
+    data = os.path.join(filled, "data.mdb")
+    os.truncate(data, os.stat(data).st_size - 20 * 4096)  # more than can be free
+    with pytest.raises(CorruptError, match=r"data\.mdb"):
+        LmdbIndex.open(filled)
+
+
 def test_a_file_that_lacks_free_pages_only_is_whole(tmp_path: Path) -> None:
     """LMDB does not write pages that were allocated and freed in one transaction."""
     short = 0

@@ -123,7 +123,8 @@ def _classify(cls: type) -> int:
         _IMMUTABLE.add(cls)
         _ATOMS.add(cls)
         return _LEAF
-    if package == "typing" or "chest" in packages:  # stored by name; lives for itself
+    # Stored by name; lives for itself; cannot change by contract, and is cached.
+    if package == "typing" or "chest" in packages or issubclass(cls, datetime.tzinfo):
         return _LEAF
     if not {"pandas", "polars", "pyarrow"}.isdisjoint(packages):
         return _OPAQUE
@@ -264,10 +265,7 @@ def _add_hidden(item: Any, members: list[Any], *, is_field: bool = False) -> Non
         members.extend(item.flat)
     for name in item.dtype.names or () if item.base is None or is_field else ():
         if item.dtype[name].hasobject:
-            if hasattr(item[name], "dtype"):
-                _add_hidden(item[name], members, is_field=True)
-            else:  # of np.void
-                members.append(item[name])
+            _add_hidden(item[name], members, is_field=True)
 
 
 def _shared(seen: dict[int, Any], counts: dict[int, int], frozen: set[int]) -> set[int]:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import sys
 from mmap import mmap
 from pickle import PickleBuffer
 from typing import Any, NamedTuple, Protocol
@@ -231,7 +232,7 @@ def probe(value: object) -> tuple[int, list[tuple[memoryview, bool]]]:
 
 def dumps(value: object) -> bytes:
     """The value as a plain pickle of protocol 5, without alignment and footer: for small values."""
-    reducers = table(small=True)
+    reducers = table(small=True) if "torch" in sys.modules else None  # looked up here: this is called for each small value
     if reducers is None:
         return pickle.dumps(value, 5)
     file = io.BytesIO()

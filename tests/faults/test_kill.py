@@ -128,6 +128,7 @@ def test_a_second_kill_while_the_first_is_recovered_from_does_no_harm(
         done = _opens_and_dies(path, at_line)
         assert done.returncode in (-signal.SIGKILL, 0), done.stderr  # 0: less was left to be done than at first
     with Chest[Any, Any](path=path) as chest:
+        oracle.check_tidy(chest)
         for n in range(5):
             assert oracle.same(chest.pop(("kept", n)), np.arange(20_000) + n)
     oracle.check_folder(path, [run])

@@ -341,8 +341,8 @@ def _fits(size: int) -> bool:
 def damaged(folder: str, what: str) -> CorruptError:
     """The error for an index that is not what was written."""
     return CorruptError(
-        f"the index in {folder} is damaged: {what}. Put the folder back from a backup, or run `python -m chest check` "
-        "on it; the value files beside it are unharmed.",
+        f"the index in {folder} is damaged: {what}. Put the folder back from a backup; the value files beside it are "
+        "unharmed, and pickle.load reads them.",
         path=folder,
     )
 

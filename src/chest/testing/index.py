@@ -239,9 +239,9 @@ class IndexContract:
 
     def test_new_keys_keep_their_order_when_only_one_place_is_taken(self, tmp_path: Path) -> None:
         with self.index(tmp_path) as index:
-            index.commit([put("x", 5)])
+            index.commit([put("x", 5), put("y", 20)])
             index.commit([put("a", 3), put("b", 5), put("c", 6), put("d", 50)])
-            assert all_items(index) == [(3, b"a"), (5, b"x"), (6, b"b"), (7, b"c"), (50, b"d")]
+            assert all_items(index) == [(3, b"a"), (5, b"x"), (20, b"y"), (21, b"b"), (22, b"c"), (50, b"d")]
 
     def test_one_place_given_twice_in_a_commit_is_no_loss(self, tmp_path: Path) -> None:
         with self.index(tmp_path) as index:
