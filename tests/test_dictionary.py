@@ -63,18 +63,18 @@ class Mixed(InMemory):
 
 
 try:  # some distributions leave CPython's own tests out
-    from test.mapping_tests import TestMappingProtocol as Protocol
+    from test import mapping_tests
 except ImportError:
-    Protocol = None
+    mapping_tests = None
 
-NAMES = sorted(name for name in dir(Protocol) if name.startswith("test_"))
+NAMES = [] if mapping_tests is None else [n for n in dir(mapping_tests.TestMappingProtocol) if n.startswith("test_")]
 
 
-@pytest.mark.skipif(Protocol is None, reason="this Python comes without its test package")
+@pytest.mark.skipif(mapping_tests is None, reason="this Python comes without its test package")
 @pytest.mark.parametrize("kind", [InMemory, Spilled, Mixed])
 @pytest.mark.parametrize("name", NAMES)
 def test_cpythons_mapping_protocol(kind: type[InMemory], name: str) -> None:
-    case = Protocol(name)
+    case = mapping_tests.TestMappingProtocol(name)
     case.type2test = kind
     case.debug()  # raises what fails
     gc.collect()

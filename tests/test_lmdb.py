@@ -461,6 +461,46 @@ def test_the_gate_lets_one_in_alone_and_makes_the_others_wait() -> None:
     assert gate.inside == []
 
 
+def test_the_gate_can_be_kept_shut_from_inside_while_others_wait_at_the_door() -> None:
+    gate = Gate()
+    calm, leave = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with gate.calm():
+            calm.set()
+            leave.wait()
+
+    thread = threading.Thread(target=stay)
+    with gate._door, gate._key:  # held for an instant by who has just waited, or has just been alone
+        thread.start()
+    calm.wait()
+    assert gate.shut
+    leave.set()
+    thread.join()
+    assert not gate.shut
+    with gate.alone():
+        pass
+
+
+def test_a_gate_that_somebody_waits_to_have_alone_is_calm_already() -> None:
+    gate = Gate()
+    log: list[str] = []
+
+    def shut() -> None:
+        with gate.alone():
+            log.append("alone")
+
+    gate.inside.append(threading.get_ident())
+    thread = threading.Thread(target=shut)
+    thread.start()
+    with gate.calm():
+        assert gate.shut
+        log.append("calm")
+    gate.inside.remove(threading.get_ident())
+    thread.join()
+    assert log == ["calm", "alone"]
+
+
 def test_who_is_inside_already_is_not_kept_waiting_and_cannot_be_alone() -> None:
     gate = Gate()
     ident = threading.get_ident()

@@ -25,6 +25,7 @@ SLACK = 40 << 20  # of the interpreter: the value in hand, pickle's buffers, wha
 
 COMMON = """
 import json, sys
+from itertools import chain
 import numpy as np
 from chest import Chest
 from chest.core import nbytes
@@ -76,7 +77,7 @@ with Chest(path=path, available_memory=available) as chest:
     for n in range(n_values):
         chest[n] = make(n)
         poll(n)
-    for n in list(range(0, n_values, 7)) + list(range(n_values - 1, -1, -1)):
+    for n in chain(range(0, n_values, 7), range(n_values - 1, -1, -1)):
         wrong += not right(chest[n], n)
         poll(n)
     for n in range(0, n_values, max(1, n_values // 50)):  # changed in place: a mapped value gets pages of its own

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 __all__ = ["GATE", "Gate"]
 
+_PAUSE = 50e-6  # seconds between two looks at who is inside
+
 
 class Gate:
     """Lets any number of threads in, or one thread alone.
@@ -32,7 +34,8 @@ class Gate:
     def __init__(self) -> None:
         self.inside: list[int] = []
         self.shut = False
-        self._door = threading.Lock()
+        self._key = threading.Lock()  # of those who shut it
+        self._door = threading.Lock()  # what the others wait for
 
     def wait(self, ident: int) -> None:
         """Step outside until the gate is open again. Not if this thread was inside before: it is being waited for."""
@@ -47,26 +50,34 @@ class Gate:
     @contextlib.contextmanager
     def calm(self) -> Iterator[None]:
         """Nobody else comes in. For a thread that is inside, and needs what those who come in keep taking from it."""
-        mine = self._door.acquire(blocking=False)
-        if mine:
-            self.shut = True
-        try:
+        mine = self._key.acquire(blocking=False)
+        while not mine and not self.shut:  # somebody is just about to shut the gate, or has just opened it
+            time.sleep(_PAUSE)
+            mine = self._key.acquire(blocking=False)
+        if not mine:  # it stays shut until this thread has left
             yield
+            return
+        try:
+            with self._shutting():
+                yield
         finally:
-            if mine:
-                self.shut = False
-                self._door.release()
+            self._key.release()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """No other thread is inside, and none of this one's own transactions."""
         if get_ident() in self.inside:
             raise RuntimeError("this thread is in the middle of a transaction (a signal handler or finalizer, perhaps)")
-        with self._door:
+        with self._key, self._shutting():
+            while self.inside:
+                time.sleep(_PAUSE)
+            yield
+
+    @contextlib.contextmanager
+    def _shutting(self) -> Iterator[None]:
+        with self._door:  # at most for an instant in the hands of one who has waited for it
             self.shut = True
             try:
-                while self.inside:
-                    time.sleep(50e-6)
                 yield
             finally:
                 self.shut = False
