@@ -29,6 +29,9 @@ NAMES = ("pickle", "json", "marshal", "cloudpickle", "dill", "joblib")
 """Serializers that can be given, and are remembered, by name. Their modules have ``dump`` and ``load``."""
 
 
+_GATHERED = 1 << 16  # bytes; larger writes go to the file as they are
+
+
 class Codec:
     """A serializer in the one form that the store uses.
 
@@ -68,8 +71,11 @@ class Codec:
             wrapped = io.TextIOWrapper(below, encoding="utf-8", newline="", write_through=True)
             self.dump(value, wrapped)
             wrapped.flush()
+            below.flush()
         else:
-            self.dump(value, _EncodesText(file))
+            whole = _EncodesText(file)
+            self.dump(value, whole)
+            whole.flush()
 
     def load_from(self, file: Any) -> Any:
         """Load from a binary file."""
@@ -85,24 +91,43 @@ class Codec:
 
 
 class _EncodesText:
-    """A binary file that takes text too, so that ``json.dump`` works without ``mode='t'``."""
+    """A binary file that takes text too, so that ``json.dump`` works without ``mode='t'``.
+
+    Small writes are gathered: the files below are unbuffered, and ``json.dump`` writes every comma by itself.
+    """
 
     def __init__(self, file: Any) -> None:
         self._file = file
+        self._gathered = bytearray()
 
     def write(self, data: Any) -> int:
         if isinstance(data, str):
             data = data.encode("utf-8", "surrogatepass")
-        view = memoryview(data).cast("B") if not isinstance(data, bytes) else data
-        size = done = len(view)
-        written = self._file.write(view)
-        while written is not None and written < done:  # raw files may write less than asked for
-            view = view[written:]
-            done = len(view)
-            written = self._file.write(view)
+        size = len(data) if isinstance(data, bytes) else memoryview(data).nbytes
+        if size >= _GATHERED:
+            self.flush()
+            self._write_all(data)
+        else:
+            self._gathered += data
+            if len(self._gathered) >= _GATHERED:
+                self.flush()
         return size
 
+    def flush(self) -> None:
+        if self._gathered:
+            gathered, self._gathered = self._gathered, bytearray()
+            self._write_all(gathered)
+
+    def _write_all(self, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        while view:
+            written = self._file.write(view)
+            if written is None:
+                return
+            view = view[written:]  # raw files may write less than asked for
+
     def __getattr__(self, name: str) -> Any:
+        self.flush()
         return getattr(self._file, name)
 
 
@@ -116,7 +141,11 @@ class _Unclosed(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        return self._below.write(data)
+        return self._below.write(bytes(data))
+
+    def flush(self) -> None:
+        super().flush()
+        self._below.flush()
 
 
 class _Hashes:
