@@ -115,8 +115,10 @@ class Keeper(Spiller):
             if self._lent or tier.usage + size > tier.limit:
                 error = self._shrink(size)
                 if error is not None:
-                    _log.warning("chest at %s: %s", self._store.path, error)
+                    _log.warning("chest at %s: %s", self._store.path, str(error))  # the error itself would keep values alive
             tier.add(entry)
+            if tier.usage > tier.limit:  # the bookkeeping counts too
+                self._shrink(0, entry)
         elif lent and loaded.baseline is not None:
             self._poll()
             self._lent[key] = entry
@@ -172,8 +174,8 @@ class Keeper(Spiller):
             self._unsure[entry.key] = entry
         self._dirty[entry.key] = entry
         tier.add(entry)
-        if error is None and size > tier.limit:
-            error = self._evict([entry])
+        if error is None and tier.usage > tier.limit:  # the bookkeeping counts too
+            error = self._evict([entry]) if size > tier.limit else self._shrink(0, entry)
         if error is not None:
             raise error
 

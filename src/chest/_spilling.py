@@ -138,7 +138,7 @@ class Spiller:
                 else:
                     self._leave(entry)
         for reason in failed.values():
-            _log.warning("chest at %s: %s", self._store.path, reason)
+            _log.warning("chest at %s: %s", self._store.path, str(reason))
         return error
 
     def _forget(self, entry: Entry) -> None:

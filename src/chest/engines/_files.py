@@ -391,6 +391,8 @@ class FileBlobs(Blobs):
         committed can be seen by then. A file whose name occurs in one of the notes stays.
         """
         try:
+            if not stat.S_ISDIR(os.lstat(self._new).st_mode):  # a link would lead to files that are not the chest's
+                return 0
             # Files before owners: whoever owns one of them was there before it.
             names = [name for name in os.listdir(self._new) if _NAME.fullmatch(name) and not name.startswith("owner-")]
         except (FileNotFoundError, NotADirectoryError):
