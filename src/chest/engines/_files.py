@@ -380,9 +380,17 @@ class FileBlobs(Blobs):
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove blobs that are not published; what is not there is no error."""
-        for name in names:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                os.unlink(self.path(name, "", new=True))
+        for path in [self.path(name, "", new=True) for name in names]:
+            with contextlib.suppress(FileNotFoundError):
+                if self._has_new():
+                    os.unlink(path)
+
+    def _has_new(self) -> bool:
+        """Whether ``new/`` is a folder: through a link one would come to files that are not the chest's."""
+        try:
+            return stat.S_ISDIR(os.lstat(self._new).st_mode)
+        except OSError:
+            return False
 
     def sweep(self, noted: Callable[[], Iterable[bytes | str]]) -> int:
         """Remove what dead processes wrote and never committed; the number of files.
@@ -390,15 +398,10 @@ class FileBlobs(Blobs):
         ``noted`` is called only if there is such a file, and only after its process is known to be dead: what that one
         committed can be seen by then. A file whose name occurs in one of the notes stays.
         """
-        try:
-            if not stat.S_ISDIR(os.lstat(self._new).st_mode):  # a link would lead to files that are not the chest's
-                return 0
-            # Files before owners: whoever owns one of them was there before it.
-            names = [name for name in os.listdir(self._new) if _NAME.fullmatch(name) and not name.startswith("owner-")]
-        except (FileNotFoundError, NotADirectoryError):
+        if not self._has_new():
             return 0
-        except OSError as error:
-            raise PathError(f"{self._new} cannot be read ({error.strerror}): move it away.", path=self._new) from error
+        # Files before owners: whoever owns one of them was there before it.
+        names = [name for name in os.listdir(self._new) if _NAME.fullmatch(name) and not name.startswith("owner-")]
         dead = set(_fs.dead_owners(self._new))
         alive = set(_fs.owners(self._new)) - dead
         left = [name for name in names if name.rpartition("-")[0] not in alive]
