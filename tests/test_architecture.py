@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent / "src" / "chest"
 LAYERS = [
     ["errors"],
     ["_forms", "_fs", "_lifetime", "_machine", "_reducers", "_size_plans"],
-    ["_keys", "_pickled", "_sizing"],
+    ["_keys", "_pickled", "_scratch", "_sizing"],
     ["abc"],
     ["engines", "engines.*", "serializers", "serializers.*", "_memory", "_changes", "_records"],
     ["_reading"],
@@ -32,6 +32,9 @@ LAYERS = [
     ["_keeper"],
     ["_views"],
     ["_dictionary"],
+    ["_inside"],
+    ["_sharing"],
+    ["_processes"],
     ["core"],
     [""],
     ["_cli", "_cli.*", "__main__", "integrations", "integrations.*", "testing", "testing.*", "migrate"],

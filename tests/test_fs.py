@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from chest import _fs
+from chest import _fs, _scratch
 from chest.errors import DiskFullError, NetworkPathError
 
 needs_locks = pytest.mark.skipif(_fs._fcntl is None, reason="no fcntl: every owner is taken for alive")
@@ -24,7 +24,7 @@ class Child:
     """Another process, which does what ``code`` says, prints a line, and waits."""
 
     def __init__(self, code: str, *args: object) -> None:
-        source = f"import sys\nfrom chest import _fs\n{code}\nsys.stdin.read()\n"
+        source = f"import sys\nfrom chest import _fs, _scratch\n{code}\nsys.stdin.read()\n"
         command = [sys.executable, "-c", source, *map(str, args)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
@@ -170,32 +170,32 @@ def test_links_fifos_and_folders_in_place_of_an_owner_are_left_alone(tmp_path: P
 
 
 def test_a_scratch_folder_is_private_and_goes_when_it_is_removed(tmp_path: Path) -> None:
-    path = _fs.make_scratch(str(tmp_path))
+    path = _scratch.make_scratch(str(tmp_path))
     assert os.path.basename(path).endswith(".chest")
     assert os.stat(path).st_mode & 0o777 == 0o700
-    assert _fs.sweep_scratch(str(tmp_path)) == 0
+    assert _scratch.sweep_scratch(str(tmp_path)) == 0
     Path(path, "value").write_bytes(b"x")
-    _fs.remove_scratch(path)
-    _fs.remove_scratch(path)
+    _scratch.remove_scratch(path)
+    _scratch.remove_scratch(path)
     assert os.listdir(tmp_path) == []
 
 
 def test_the_scratch_folder_of_a_dead_process_is_swept_and_that_of_a_living_one_stays(
     tmp_path: Path, child: Callable[..., Child]
 ) -> None:
-    code = "p = _fs.make_scratch(sys.argv[1])\nopen(p + '/value', 'w').close()\nprint(p, flush=True)"
+    code = "p = _scratch.make_scratch(sys.argv[1])\nopen(p + '/value', 'w').close()\nprint(p, flush=True)"
     dead, alive = child(code, tmp_path), child(code, tmp_path)
     dead.kill()
-    own = _fs.make_scratch(str(tmp_path))
+    own = _scratch.make_scratch(str(tmp_path))
     if _fs._fcntl is not None:
         assert not os.path.exists(dead.line)  # the first one that a process makes sweeps
     assert os.path.exists(alive.line + "/value")
-    assert _fs.sweep_scratch(str(tmp_path)) == 0
+    assert _scratch.sweep_scratch(str(tmp_path)) == 0
     alive.process.send_signal(signal.SIGKILL)
     alive.end()
-    assert _fs.sweep_scratch(str(tmp_path)) == 1
+    assert _scratch.sweep_scratch(str(tmp_path)) == 1
     assert os.path.exists(own)
-    _fs.remove_scratch(own)
+    _scratch.remove_scratch(own)
     assert os.listdir(tmp_path) == []
 
 
@@ -205,9 +205,9 @@ def test_a_folder_with_one_living_owner_stays(tmp_path: Path, child: Callable[..
     (path / ".keys").mkdir(parents=True)
     (path / ".keys" / "owner-1-2-3").write_bytes(b"")
     other = child(CLAIM, path / ".keys")
-    assert _fs.sweep_scratch(str(tmp_path)) == 0
+    assert _scratch.sweep_scratch(str(tmp_path)) == 0
     other.kill()
-    assert _fs.sweep_scratch(str(tmp_path)) == 1
+    assert _scratch.sweep_scratch(str(tmp_path)) == 1
 
 
 def test_only_what_carries_the_mark_is_swept_and_no_link_is_followed(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_only_what_carries_the_mark_is_swept_and_no_link_is_followed(tmp_path: P
     (place / "f.chest" / ".keys").symlink_to(target / ".keys")
     (place / "g.chest").write_bytes(b"x")
     before = sorted(map(str, tmp_path.rglob("*")))
-    assert _fs.sweep_scratch(str(place)) == 0
+    assert _scratch.sweep_scratch(str(place)) == 0
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
@@ -241,7 +241,7 @@ def test_links_inside_of_a_dead_folder_are_removed_and_not_followed(tmp_path: Pa
     for folder in (keys, keys.parent):
         (folder / "link").symlink_to(target)
         (folder / "file-link").symlink_to(target / "value")
-    assert _fs.sweep_scratch(str(place)) == 1
+    assert _scratch.sweep_scratch(str(place)) == 1
     assert os.listdir(place) == []
     assert (target / "value").read_bytes() == b"x"
 
@@ -254,11 +254,11 @@ def test_a_removal_that_was_cut_short_is_finished_by_the_next_sweep(tmp_path: Pa
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(b"")
     with monkeypatch.context() as patch:
-        patch.setattr(_fs.shutil, "rmtree", lambda path, ignore_errors: None)
-        _fs.sweep_scratch(str(tmp_path))
+        patch.setattr(_scratch.shutil, "rmtree", lambda path, ignore_errors: None)
+        _scratch.sweep_scratch(str(tmp_path))
     assert os.listdir(tmp_path) == ["a.chest.dead"]
     assert (tmp_path / "a.chest.dead" / ".keys" / "owner-1-2-3").exists()
-    assert _fs.sweep_scratch(str(tmp_path)) == 1
+    assert _scratch.sweep_scratch(str(tmp_path)) == 1
     assert os.listdir(tmp_path) == []
 
 
@@ -268,25 +268,25 @@ def test_another_users_folder_is_left_alone(tmp_path: Path) -> None:
         (tmp_path / name / ".keys").mkdir(parents=True)
         (tmp_path / name / ".keys" / "owner-1-2-3").write_bytes(b"")
         os.chown(tmp_path / name, 12345, 12345)
-    assert _fs.sweep_scratch(str(tmp_path)) == 0
+    assert _scratch.sweep_scratch(str(tmp_path)) == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_does_not_remove_its_parents_scratch_folder(tmp_path: Path) -> None:
-    path = _fs.make_scratch(str(tmp_path))
+    path = _scratch.make_scratch(str(tmp_path))
     pid = os.fork()
     if not pid:
-        _fs.remove_scratch(path)
+        _scratch.remove_scratch(path)
         os._exit(0)
     os.waitpid(pid, 0)
     assert os.path.isdir(path)
-    _fs.remove_scratch(path)
+    _scratch.remove_scratch(path)
     assert not os.path.exists(path)
 
 
 def test_what_is_no_scratch_folder_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / "x.chest").mkdir()
-    _fs.remove_scratch(str(tmp_path / "x.chest"))
+    _scratch.remove_scratch(str(tmp_path / "x.chest"))
     assert (tmp_path / "x.chest").is_dir()
 
 

@@ -239,10 +239,11 @@ def test_a_key_comes_back_with_its_type_and_value(key):
         return  # a memoryview
     if encoded is None:
         return
-    assert encoded.name == name_of(key)
-    assert 1 <= len(encoded.name) <= 511
-    assert encoded.name[:1] != OPAQUE_PREFIX
-    assert same(decode(*encoded), key)
+    name, typed = encoded
+    assert name == name_of(key)
+    assert 1 <= len(name) <= 511
+    assert name[:1] != OPAQUE_PREFIX
+    assert same(decode(name, typed), key)
 
 
 @given(plain)

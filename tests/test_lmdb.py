@@ -17,19 +17,20 @@ from hypothesis import strategies as st
 from chest import _fs
 from chest.abc import Put
 from chest.engines import _environment
-from chest.engines._environment import ENVIRONMENTS
+from chest.engines._environments import ENVIRONMENTS
 from chest.engines._gate import GATE, Gate
 from chest.engines._lmdb import LmdbIndex
-from chest.errors import FailedError, NetworkPathError, PathError
+from chest.errors import ChestError, FailedError, NetworkPathError, PathError
+from chest.testing.exclusive import TransactionContract
 from chest.testing.index import IndexContract, check, put
 
 
-class TestLmdbIndex(IndexContract):
+class TestLmdbIndex(IndexContract, TransactionContract):
     def make_index(self, folder: Path) -> LmdbIndex:
         return LmdbIndex.open(str(folder / ".keys"), sync=False)
 
 
-class TestSyncedLmdbIndex(IndexContract):
+class TestSyncedLmdbIndex(IndexContract, TransactionContract):
     def make_index(self, folder: Path) -> LmdbIndex:
         return LmdbIndex.open(str(folder / ".keys"))
 
@@ -517,7 +518,7 @@ def test_a_commit_inside_of_a_commit_is_refused_instead_of_waiting_for_itself(in
         index.commit([put("b", 2)])
         return []
 
-    with pytest.raises(RuntimeError, match="middle of a commit"):
+    with pytest.raises(ChestError, match="middle of a commit"):
         index.commit([put("a", 1)], notes=notes)
     assert not index.busy()
     index.commit([put("a", 1)])

@@ -977,3 +977,12 @@ def test_a_system_that_does_not_tell_its_memory_has_a_default(monkeypatch: pytes
 def test_this_machine_has_memory() -> None:
     assert 64 * MB < machine_memory() < 1 << 50
     assert parse_memory("50%") == pytest.approx(machine_memory() / 2, abs=2)
+
+
+def test_small_records_count_each_object_once_and_end_in_a_cycle() -> None:
+    text, inner = "a shared text", [1.5, 2.5]
+    record = {"text": text, "inner": inner, "again": [inner, text]}
+    members = [record, record["again"], inner, *inner, text, "inner", "again"]
+    assert nbytes(record) == sum(map(sys.getsizeof, [*members, "text"]))
+    record["self"] = record
+    assert nbytes(record) == sum(map(sys.getsizeof, [*members, "text", "self"]))

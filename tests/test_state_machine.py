@@ -5,6 +5,7 @@ Larger runs: ``CHEST_TORTURE=1`` (1,000 runs of 30 steps for each limit).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import random
@@ -200,6 +201,48 @@ class ChestMachine(RuleBasedStateMachine):
     def change_the_limit(self, limit: int) -> None:
         if self.limit:
             self.c.available_memory = limit
+
+    @rule(
+        steps=st.lists(st.tuples(st.sampled_from(["set", "delete", "change", "pop", "popitem", "look"]), keys, st.booleans())),
+        fails=st.booleans(),
+    )
+    def transaction(self, steps: list[tuple[str, Any, bool]], fails: bool) -> None:
+        self.held.clear()  # what was got before is nobody's if the transaction changes its key
+        before = copy.deepcopy(self.model)
+        held: list[tuple[Any, Any]] = []
+        with contextlib.suppress(InterruptedError), self.c.transaction():
+            for what, key, keep in steps:
+                if what == "set":
+                    self.c[key], self.model[key] = pair = self.value()
+                    held += [pair] * keep
+                elif what == "popitem":
+                    self.popitem()
+                elif what == "look":
+                    self.equal()
+                elif key not in self.model:
+                    assert self.c.pop(key, None) is None
+                    assert key not in self.c
+                elif what == "change":
+                    mutate(self.c[key], self.n)
+                    mutate(self.model[key], self.n)
+                    held += [(self.c[key], self.model[key])] * keep
+                else:
+                    self.delete(key) if what == "delete" else self.pop(key)
+            self.equal()
+            if fails:
+                raise InterruptedError
+        if fails:
+            self.model = before
+        else:
+            self.held = held
+
+    @rule(key=keys, n=st.integers(0, 1000))
+    def edit(self, key: Any, n: int) -> None:
+        self.held.clear()
+        if key in self.model:
+            with self.c.edit(key) as value:
+                mutate(value, n)
+            mutate(self.model[key], n)
 
     @rule()
     def clear(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from _thread import get_ident
 from abc import abstractmethod
 from collections.abc import Hashable, ItemsView, Iterable, Iterator, KeysView, Mapping, MutableMapping, ValuesView
 from typing import Any, Generic, TypeVar, cast, overload
@@ -22,48 +24,61 @@ _MISSING: Any = object()
 class Dictionary(Keeper, MutableMapping[K, V], Generic[K, V]):
     """A mutable mapping with everything a user of ``dict`` types."""
 
+    def _here(self) -> Dictionary[K, V]:
+        """What this thread's calls go to: this chest, or what it is inside of the transaction that the thread is in."""
+        inside: Dictionary[K, V] | None = self._transaction
+        return self if inside is None or inside._owner != get_ident() else inside
+
+    @contextlib.contextmanager
+    def _atomic(self) -> Iterator[Dictionary[K, V]]:
+        """Within the block, what several steps are one on, for everybody."""
+        with self.lock:
+            yield self
+
     def __getitem__(self, key: K) -> V:
         entry = self._entries.get(key)
-        if entry is not None:
-            if self._generation[0] == self._seen and entry.epoch == self._epoch:
-                entry.hot = True
-                self._hits += 1
-                value: V = entry.value
-                return value
-            value = self._hit_after_change(key, entry)
+        if entry is not None and self._generation[0] == self._seen and entry.epoch == self._epoch:
+            entry.hot = True
+            self._hits += 1
+            value: V = entry.value
             return value
-        value = self._miss(key)
+        if self._transaction is not None:
+            here = self._here()
+            if here is not self:
+                value = here[key]
+                return value
+        value = self._miss(key) if entry is None else self._hit_after_change(key, entry)
         return value
 
     def __setitem__(self, key: K, value: V) -> None:
-        with self.lock:
-            self._set(key, value)
+        keeper = self if self._transaction is None else self._here()
+        with keeper.lock:
+            keeper._set(key, value)
+            if keeper._write_through:
+                keeper._write_through_now(key)
 
     def __delitem__(self, key: K) -> None:
-        with self.lock:
-            self._delete(key)
+        keeper = self._here()
+        with keeper.lock:
+            keeper._delete(key)
+            if keeper._write_through:
+                keeper._write_through_now(key)
 
     def __contains__(self, key: object) -> bool:
-        with self.lock:
-            self._usable()
-            if self._in_memory(key) is not None:
-                return True
-            if key in self._tombs:
-                return False
-            name = self._store.name(key)
-            return name is not None and self._store.has(name)
+        return self._here()._has(key)
 
     def __len__(self) -> int:
         """The number of keys. O(1), plus a look at each key set since the last time."""
-        with self.lock:
-            return self._length()
+        keeper = self._here()
+        with keeper.lock:
+            return keeper._length()
 
     def __iter__(self) -> Iterator[K]:
         """Keys in insertion order, a thousand at a time; others may write meanwhile."""
-        return (key for key, _ in _views.walk(self))
+        return (key for key, _ in _views.walk(self._here()))
 
     def __reversed__(self) -> Iterator[K]:
-        return (key for key, _ in _views.walk(self, reverse=True))
+        return (key for key, _ in _views.walk(self._here(), reverse=True))
 
     def keys(self) -> KeysView[K]:
         return _views.Keys(self)
@@ -84,7 +99,7 @@ class Dictionary(Keeper, MutableMapping[K, V], Generic[K, V]):
             return False
         for key, value in self.items():
             try:
-                theirs = other._peek(key) if isinstance(other, Dictionary) else other[key]
+                theirs = other._here()._peek(key) if isinstance(other, Dictionary) else other[key]
             except KeyError:
                 return False
             if not (theirs is value or theirs == value):
@@ -94,46 +109,52 @@ class Dictionary(Keeper, MutableMapping[K, V], Generic[K, V]):
     __hash__ = None  # type: ignore[assignment]
 
     def pop(self, key: K, default: Any = _MISSING) -> Any:
-        """Remove a key and return its value, or the default where there is none."""
-        with self.lock:
-            try:
-                value = self._peek(key)
-            except KeyError:
-                if default is _MISSING:
-                    raise
-                return default
-            self._delete(key)
-            return value
+        """Remove a key and return its value, or the default where there is none. Of several processes one gets it."""
+        if key in self:
+            here = self._here()
+            with here.lock:
+                if here._is_private(key):
+                    value = here._peek(key)
+                    here._delete(key)
+                    return value
+            with self._atomic() as keeper:
+                try:
+                    value = keeper._peek(key)
+                except KeyError:  # somebody else was faster
+                    pass
+                else:
+                    keeper._delete(key)
+                    return value
+        if default is _MISSING:
+            raise KeyError(key)
+        return default
 
     def popitem(self) -> tuple[K, V]:
-        """Remove the key that was inserted last, and return it with its value."""
-        with self.lock:
-            self._usable()
-            for key in self._from_the_end():
-                return key, self.pop(key)
+        """Remove the key that was inserted last, and return it with its value. Of several processes one gets it."""
+        with self._atomic() as keeper:
+            keeper._usable()
+            for key in keeper._from_the_end():
+                value = keeper._peek(key)
+                keeper._delete(key)
+                return key, value
         raise KeyError("popitem(): the chest is empty")
 
     def setdefault(self, key: K, default: Any = None) -> Any:
-        with self.lock:
-            try:
+        """The value of a key, which is the default from now on if there was none. All processes get the same one."""
+        if key in self:
+            with contextlib.suppress(KeyError):  # deleted since
                 return self[key]
-            except KeyError:
-                self._set(key, default)
-                return default
+        with self._atomic() as keeper:
+            if keeper._has(key):
+                return keeper[key]
+            keeper._set(key, default)
+            return default
 
     def clear(self) -> None:
         """Remove every key; written at once."""
-        with self.lock:
-            self._writable()
-            for place in (self._dirty, self._unsure, self._tombs, self._lent, self._pinned):
-                place.clear()
-            self._tier.clear()
-            self._n_new = 0
-            while items := self._store.index.page(None, 10_000):
-                written = self._store.write([], [(self._store.key(item), item.name) for item in items])
-                self._take_commits()
-                if written.error is not None:
-                    raise written.error
+        keeper = self._here()
+        with keeper.lock:
+            keeper._clear()
 
     @overload
     def update(self, *args: Any, overwrite: bool = ...) -> None: ...
@@ -144,26 +165,34 @@ class Dictionary(Keeper, MutableMapping[K, V], Generic[K, V]):
 
         From a chest with the same serializer whose folder lies on the same file system, large values are hard-linked, not
         copied. ``overwrite=False`` (the second argument, or by name) leaves the keys alone that are there already.
+
+        All or nothing, and committed on return, as a ``transaction`` is (in a scratch chest that nobody shares it stays in
+        memory as far as it fits, and what came before an exception is kept).
         """
         if len(args) > 2:
             raise TypeError(f"update expected at most 2 arguments, got {len(args)}")
         overwrite = args[1] if len(args) == 2 else kwargs.pop("overwrite", True)
         other = args[0] if args else ()
-        if isinstance(other, Dictionary) and other is not self and self._links(other):
-            self._adopt(other, overwrite)
-        elif other is not self:
-            if isinstance(other, Mapping):
-                pairs: Iterable[tuple[Any, Any]] = other.items()
-            elif hasattr(other, "keys"):
-                pairs = ((key, other[key]) for key in other.keys())  # noqa: SIM118 - it need not be a mapping
-            else:
-                pairs = other
-            for key, value in pairs:
-                if overwrite or key not in self:
-                    self[key] = value
-        for name, value in kwargs.items():
-            if overwrite or name not in self:
-                self[cast(K, name)] = value
+        donor = other if isinstance(other, Dictionary) and other is not self and self._links(other) else None
+        if donor is not None:
+            with donor.lock:
+                donor._sync()
+        with self._atomic():
+            if donor is not None:
+                self._adopt(donor, overwrite)
+            elif other is not self:
+                if isinstance(other, Mapping):
+                    pairs: Iterable[tuple[Any, Any]] = other.items()
+                elif hasattr(other, "keys"):
+                    pairs = ((key, other[key]) for key in other.keys())  # noqa: SIM118 - it need not be a mapping
+                else:
+                    pairs = other
+                for key, value in pairs:
+                    if overwrite or key not in self:
+                        self[key] = value
+            for name, value in kwargs.items():
+                if overwrite or name not in self:
+                    self[cast(K, name)] = value
 
     def copy(self: Self) -> Self:
         """A scratch chest with the same content and settings; large values are hard-linked where that is possible."""
@@ -212,27 +241,25 @@ class Dictionary(Keeper, MutableMapping[K, V], Generic[K, V]):
         return mine.plain and theirs.plain and (mine.codec.name, mine.codec.text) == (theirs.codec.name, theirs.codec.text)
 
     def _adopt(self, other: Dictionary[Any, Any], overwrite: bool) -> None:
-        with other.lock:
-            other._sync()
+        keeper = self._here()
         after = None
         while page := other._store.index.page(after, _views.BATCH):
             after = page[-1].seq
-            with self.lock:
-                self._writable()
-                self._sync()
+            with keeper.lock:
+                keeper._writable()
+                keeper._sync()
                 items = []
                 records = other._store.index.get_many([item.name for item in page])[1]
                 for item, record in zip(page, records, strict=True):
                     key = other._store.key(item)
-                    if record is None or (not overwrite and key in self):
+                    if record is None or (not overwrite and keeper._has(key)):
                         continue
-                    entry = self._in_memory(key)
+                    entry = keeper._in_memory(key)
                     if entry is not None:
-                        self._forget(entry)
-                    items.append(Adopted(key, self._next_seq, record, other._store.path_of(record)))
-                    self._next_seq += 1
-                written = self._store.adopt(items)
-                self._take_commits()
+                        keeper._forget(entry)
+                    items.append(Adopted(key, keeper._new_place(), record, other._store.path_of(record)))
+                written = keeper._store.adopt(items)
+                keeper._take_commits()
                 for error in [written.error, *written.failed.values()]:
                     if error is not None:
                         raise error

@@ -19,7 +19,6 @@ import re
 import shutil
 import stat
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -41,11 +40,8 @@ __all__ = [
     "folds_case",
     "forget",
     "fsync_folder",
-    "make_scratch",
     "owners",
     "refuse_network",
-    "remove_scratch",
-    "sweep_scratch",
     "write_all",
 ]
 
@@ -212,7 +208,7 @@ def _is_one(folder: str, name: str) -> bool:
 
 # --- owners
 
-_PREFIX = "owner-"
+PREFIX = "owner-"
 
 
 def _boot_id() -> str:
@@ -304,7 +300,7 @@ class Owner:
                     raise
 
     def release(self) -> None:
-        """Own no longer; a second call does nothing."""
+        """Own no longer; a second call does nothing. In a forked child this closes a descriptor, and nothing else."""
         if self._released:
             return
         self._released = True
@@ -316,13 +312,13 @@ class Owner:
 
 
 def _owner_path(folder: str, token: str) -> str:
-    return os.path.join(folder, _PREFIX + token)
+    return os.path.join(folder, PREFIX + token)
 
 
 def owners(folder: str) -> list[str]:
     """The tokens of all owners in a folder, living and dead."""
     try:
-        return [name[len(_PREFIX) :] for name in os.listdir(folder) if name.startswith(_PREFIX)]
+        return [name[len(PREFIX) :] for name in os.listdir(folder) if name.startswith(PREFIX)]
     except FileNotFoundError:
         return []
 
@@ -357,94 +353,3 @@ def forget(folder: str, token: str) -> None:
     with _seized(folder, token) as is_dead, contextlib.suppress(FileNotFoundError):
         if is_dead:
             os.unlink(_owner_path(folder, token))
-
-
-# --- scratch folders
-
-_SUFFIX, _DEAD = ".chest", ".chest.dead"
-_scratch: dict[str, Owner] = {}
-_swept: set[tuple[int, str]] = set()
-_scratch_lock = threading.RLock()  # a chest may be collected, and its folder removed, while this thread is in here
-
-
-def make_scratch(dir: str | None = None) -> str:
-    """A new folder that lives as long as this process at most, for this user only (0700).
-
-    Folders that dead processes left behind are removed first, once per process.
-    """
-    place = os.path.abspath(dir or tempfile.gettempdir())
-    if (os.getpid(), place) not in _swept:
-        _swept.add((os.getpid(), place))
-        sweep_scratch(place)
-    while True:
-        path = tempfile.mkdtemp(suffix=_SUFFIX, dir=place)
-        try:
-            os.mkdir(os.path.join(path, ".keys"), 0o700)
-            owner = Owner.claim(os.path.join(path, ".keys"))
-        except FileNotFoundError:  # swept before it had an owner
-            if not os.path.isdir(place):
-                raise
-            continue
-        except BaseException:
-            shutil.rmtree(path, ignore_errors=True)
-            raise
-        with _scratch_lock:
-            _scratch[path] = owner
-        return path
-
-
-def remove_scratch(path: str) -> None:
-    """A folder that ``make_scratch`` gave to this process is gone; anything else (a parent's, too) is left alone."""
-    with _scratch_lock:
-        owner = _scratch.pop(path, None)
-    if owner is None:
-        return
-    if owner.pid == os.getpid():
-        _remove(path)
-    owner.release()
-
-
-def sweep_scratch(dir: str | None = None) -> int:
-    """Remove the scratch folders of this user whose owners have all died; their number. Links are never followed."""
-    place = dir or tempfile.gettempdir()
-    try:
-        with os.scandir(place) as entries:
-            found = [e.path for e in entries if e.name.endswith((_SUFFIX, _DEAD))]
-    except OSError:
-        return 0
-    stale = [path for path in found if _is_own_folder(path) and _is_stale(path)]
-    for path in stale:
-        _remove(path)
-    return len(stale)
-
-
-def _is_stale(path: str) -> bool:
-    keys = os.path.join(path, ".keys")
-    tokens = owners(keys) if _is_own_folder(keys) else []
-    # A folder without an owner is none of ours, or is being made just now.
-    return bool(tokens) and len(dead_owners(keys)) == len(tokens)
-
-
-def _is_own_folder(path: str) -> bool:
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return False
-    return stat.S_ISDIR(found.st_mode) and (not hasattr(os, "geteuid") or found.st_uid == os.geteuid())
-
-
-def _remove(path: str) -> None:
-    """Renamed first, so that nobody opens what is half gone, and the next sweep knows it if this one is cut short."""
-    if not path.endswith(_DEAD) and os.name != "nt":  # there, open files keep a folder from being renamed
-        try:
-            os.rename(path, path + ".dead")
-        except OSError:
-            return
-        path += ".dead"
-    for folder, mark in ((path, ".keys"), (os.path.join(path, ".keys"), _PREFIX)):  # what the sweep knows it by goes last
-        for name in os.listdir(folder) if _is_own_folder(folder) else []:
-            if not name.startswith(mark):
-                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(folder, name))
-    shutil.rmtree(path, ignore_errors=True)

@@ -40,6 +40,9 @@ FEW = 30  # what may be passed over, unwritten, at the end of the order
 class Keeper(Spiller):
     """The inner half of a chest; see the module's head. ``Chest`` is its public face."""
 
+    def _take_all_changes(self) -> None:
+        """Everything in this keeper's reach that was changed in place can be read from the store."""
+
     # --- reading
 
     def _hit_after_change(self, key: Any, entry: Entry) -> Any:
@@ -79,7 +82,8 @@ class Keeper(Spiller):
     def _miss(self, key: Any) -> Any:
         """The value of a key that a hit did not find."""
         with self.lock:
-            self._usable()
+            if self._closed:
+                self._usable()
             if self._generation[0] != self._seen:
                 self._look()
             if key in self._entries or key in self._lent:
@@ -109,23 +113,39 @@ class Keeper(Spiller):
     def _admit(self, key: Any, loaded: Loaded, *, lent: bool) -> None:
         """A value from the store comes into the memory tier, and others leave for it."""
         tier = self._tier
-        entry = self._entry_of(key, loaded, nbytes(loaded.value), lent)
-        size = entry.size
+        size = nbytes(loaded.value)
         if size <= tier.limit:
             if self._lent or tier.usage + size > tier.limit:
                 error = self._shrink(size)
                 if error is not None:
                     _log.warning("chest at %s: %s", self._store.path, str(error))  # the error itself would keep values alive
+            entry = self._entry_of(key, loaded, size, lent)
             tier.add(entry)
             if tier.usage > tier.limit:  # the bookkeeping counts too
                 self._shrink(0, entry)
-        elif lent and loaded.baseline is not None:
-            self._poll()
-            self._lent[key] = entry
+        elif lent:
+            self._lend(key, loaded)
 
     def _entry_of(self, key: Any, loaded: Loaded, size: int, lent: bool) -> Entry:
         value, record, baseline = loaded
         return Entry(key, value, size, False, record[1], self._epoch, lent, baseline, False, True, record[0])
+
+    def _has(self, key: Any) -> bool:
+        with self.lock:
+            self._usable()
+            if self._in_memory(key) is not None:
+                return True
+            if key in self._tombs:
+                return False
+            name = self._store.name(key)
+            return name is not None and self._store.has(name)
+
+    def _is_private(self, key: Any) -> bool:
+        """Whether nobody else can know of the key yet: it is new here, and unwritten."""
+        if key not in self._dirty:
+            return False
+        self._resolve()
+        return not self._dirty[key].stored and not self._write_through
 
     def _peek(self, key: Any) -> Any:
         """The value of a key, with the memory tier left as it is. Raises KeyError."""
@@ -162,8 +182,7 @@ class Keeper(Spiller):
             self._store.name(key, create=True)  # a key that cannot be written is refused now
         size = needed = nbytes(value)
         if old is None:
-            entry = Entry(key, value, size, True, self._next_seq, self._epoch)
-            self._next_seq += 1
+            entry = Entry(key, value, size, True, self._new_place(), self._epoch)
             if self._tombs and self._tombs.pop(key, None) is not None:
                 entry.stored = entry.fresh = True
         else:
@@ -211,21 +230,29 @@ class Keeper(Spiller):
                 if error is not None:
                     raise error
 
+    def _clear(self) -> None:
+        self._writable()
+        for place in (self._dirty, self._unsure, self._tombs, self._lent, self._pinned):
+            place.clear()
+        self._tier.clear()
+        self._n_new = 0
+        while items := self._store.index.page(None, 10_000):
+            written = self._store.write([], [(self._store.key(item), item.name) for item in items])
+            self._take_commits()
+            if written.error is not None:
+                raise written.error
+
     def _resolve(self) -> None:
         """Find out which dirty entries are stored: ``len`` and the order need it, setting does not."""
         self._look()
         if not self._unsure:
             return
-        unsure, self._unsure = self._unsure, {}
-        index = self._store.index
-        if not len(index):
-            for entry in unsure.values():
-                entry.stored = False
-            self._n_new += len(unsure)
-            return
-        for entry, stored in zip(unsure.values(), self._store.has_each(self._names(unsure)), strict=True):
+        unsure = self._unsure
+        are_stored = self._store.has_each(self._names(unsure)) if len(self._store.index) else [False] * len(unsure)
+        for entry, stored in zip(unsure.values(), are_stored, strict=True):
             entry.stored = stored
             self._n_new += not stored
+        self._unsure = {}
 
     def _names(self, keys: Iterable[Any]) -> list[bytes]:
         names = [self._store.name(key, create=True) for key in keys]

@@ -16,7 +16,6 @@ import pickle
 import re
 from collections.abc import Hashable
 from hashlib import blake2b
-from typing import NamedTuple
 
 from ._forms import MAX_DEPTH, WORD, TooDeepError, form_of, is_exact, object_of, tuple_form
 from .errors import CorruptError, KeyTypeError, LoadError, short
@@ -43,14 +42,8 @@ _DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "
 _MAX_FILENAME = 1000
 
 
-_encoded = tuple.__new__  # in a third of the time
-
-
-class Encoded(NamedTuple):
-    """A key as the index holds it. ``typed`` is empty where the name alone gives back the key, type and value."""
-
-    name: bytes
-    typed: bytes
+Encoded = tuple[bytes, bytes]
+"""A key as the index holds it: its name and ``typed``, which is empty where the name alone gives back type and value."""
 
 
 def name_of(key: Hashable) -> bytes | None:
@@ -92,14 +85,12 @@ def encode(key: Hashable) -> Encoded | None:
     name = name_of(key)
     if name is None:
         return None
-    if type(key) is str and len(name) < 32:  # not hashed
-        return _encoded(Encoded, (name, b""))
-    if is_exact(key):
-        return Encoded(name, pickled_key(key) if name[0] == _HASHED else b"")
+    if type(key) is str or is_exact(key):
+        return name, pickled_key(key) if name[0] == _HASHED else b""
     typed = pickled_key(key)
     try:
         if name_of(pickle.loads(typed)) == name:
-            return Encoded(name, typed)
+            return name, typed
         problem = None
     except Exception as error:
         problem = error

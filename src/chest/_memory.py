@@ -306,18 +306,19 @@ class MemoryTier:
         picked = ends[_PICKED]
         if picked.next is not picked:
             self._splice_first(picked)
-        picked_values = picked_bookkeeping = chances = 0
+        picked_values = picked_bookkeeping = chances = i = least = 0  # no head is 0
         while True:
             left = self._values - picked_values
             bookkeeping = self._bookkeeping - picked_bookkeeping
             if (left + bookkeeping - FREE_BYTES if bookkeeping > FREE_BYTES else left) <= target:
                 break
-            least = min(heads)
-            if least == _NEVER:
-                break
-            entry = ends[heads.index(least)].next
-            if least > self._L:
-                self._L = least
+            if heads[i] != least:  # else no other has become less: what is queued anew stands for more
+                least = min(heads)
+                if least == _NEVER:
+                    break
+                i = heads.index(least)
+                self._L = max(self._L, least)
+            entry = ends[i].next
             if entry is spare:
                 self._move(entry, _PICKED)
             elif entry.hot and chances < SECOND_CHANCES:

@@ -14,7 +14,7 @@ from .abc import Index
 from .engines._files import FileBlobs
 from .engines._legacy import LegacyIndex, finish_upgrade, read_pairs
 from .engines._lmdb import LmdbIndex
-from .errors import FormatError, PathError, SerializerMismatchError
+from .errors import ChestError, FormatError, PathError, SerializerMismatchError
 from .serializers import NAMES, Codec, resolve
 
 __all__ = ["open_folder"]
@@ -80,10 +80,14 @@ def open_folder(
         if index.notes():  # somebody died between a commit and what it left to be done
             store.settle()
         blobs.sweep(index.notes)
-    except BaseException:
+    except BaseException as error:
         if blobs is not None:
             blobs.close()
         index.close()
+        if isinstance(error, OSError) and not isinstance(error, ChestError):
+            raise _fs.as_disk_full(error, path) or PathError(
+                f"{path} cannot hold a chest: {error.strerror or error}. Choose another path.", path=path
+            ) from error
         raise
     return store
 

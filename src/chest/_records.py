@@ -53,6 +53,8 @@ class Ref(NamedTuple):
         try:
             size, digest, length = _REF.unpack_from(body)
             start = _REF.size + length
+            if start > len(body):
+                raise CorruptError("a record of the index is cut short")
             label = body[start:].decode("utf-8", "surrogatepass")
             return cls(size, digest, body[_REF.size : start].decode(), label)
         except (struct.error, UnicodeDecodeError) as error:
@@ -106,13 +108,18 @@ class Adopted(NamedTuple):
 class Written(NamedTuple):
     """What became of a batch of writes.
 
-    ``done``: (what was written, version, baseline). ``failed``: key -> why this value could not be written. ``error`` is set
-    where nothing more could be written at all; what is in ``done`` is committed even so.
+    ``commits``: for each its version, what it has written, and the baselines of that. ``failed``: key -> why this value could
+    not be written. ``error`` is set where nothing more could be written at all; what is in ``commits`` is committed even so.
     """
 
-    done: list[tuple[Any, int, Baseline]]
+    commits: list[tuple[int, list[Any], list[Baseline]]]
     failed: dict[Any, ChestError]
     error: ChestError | None = None
+
+    @property
+    def done(self) -> list[tuple[Any, int, Baseline]]:
+        """(what was written, version, baseline), for those who look at few."""
+        return [(i, version, b) for version, items, baselines in self.commits for i, b in zip(items, baselines, strict=True)]
 
 
 def pack_note(name: bytes, blob: str, label: str) -> bytes:
@@ -122,8 +129,13 @@ def pack_note(name: bytes, blob: str, label: str) -> bytes:
 
 
 def unpack_note(note: bytes) -> tuple[bytes, str, str]:
-    n, b = struct.unpack_from("<HH", note)
-    return note[4 : 4 + n], note[4 + n : 4 + n + b].decode(), note[4 + n + b :].decode("utf-8", "surrogatepass")
+    try:
+        n, b = struct.unpack_from("<HH", note)
+        if 4 + n + b > len(note):
+            raise CorruptError("a note of the index is cut short")
+        return note[4 : 4 + n], note[4 + n : 4 + n + b].decode(), note[4 + n + b :].decode("utf-8", "surrogatepass")
+    except (struct.error, UnicodeDecodeError) as error:
+        raise CorruptError("a note of the index is none") from error
 
 
 def key_note(name: bytes, typed: bytes) -> bytes:

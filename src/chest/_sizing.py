@@ -36,6 +36,7 @@ __all__ = ["machine_memory", "nbytes", "parse_memory"]
 
 _F = TypeVar("_F", bound=Callable[[Any], int])
 
+_SMALL = 64  # objects that are all looked at without a walk
 _TINY = 16  # members up to here are faster looked at one by one than with set and map
 _FEW = 64  # members that hold others: up to here all are visited ...
 _SAMPLE = 32  # ... and of more at least as many, until the standard error of their mean falls below ...
@@ -388,7 +389,7 @@ def _quick_members(value: Any) -> int:
         return -1
     kinds = set(map(type, value))
     if not kinds <= leaves:
-        return -1
+        return _quick_tree(value)
     if len(set(map(id, value))) < len(value):
         return getsizeof(value) + _sum_leaves(dict(zip(map(id, value), value)).values(), kinds)  # noqa: B905 one list
     return getsizeof(value) + _sum_leaves(value, kinds)
@@ -400,11 +401,29 @@ def _quick_mapping(value: Any) -> int:
     kinds, values = set(map(type, value)), value.values()
     value_kinds = set(map(type, values))
     if not (kinds <= leaves and value_kinds <= leaves):
-        return -1
+        return _quick_tree(value)
     if not kinds.isdisjoint(value_kinds) or len(set(map(id, values))) < len(value):
         members = {id(member): member for member in [*value, *values]}
         return getsizeof(value) + _sum_leaves(members.values(), kinds | value_kinds)
     return getsizeof(value) + _sum_leaves(value, kinds) + _sum_leaves(values, value_kinds)
 
 
+def _quick_tree(value: Any) -> int:
+    """A few builtin containers in one another, as records are made of: each object once. -1 where there is anything else."""
+    found = {id(value): value}
+    containers = [value]
+    for container in containers:  # those inside are put behind it
+        members = [*container, *container.values()] if type(container) is dict else container
+        if len(found) + len(members) > _SMALL:
+            return -1
+        kinds = set(map(type, members)) - leaves
+        if kinds:
+            if not kinds <= _CONTAINERS or not kinds <= quick.keys():  # they are registered
+                return -1
+            containers += [member for member in members if type(member) in kinds and id(member) not in found]
+        found.update(zip(map(id, members), members))  # noqa: B905 one list
+    return sum(map(getsizeof, found.values()))
+
+
+_CONTAINERS = frozenset({list, tuple, set, frozenset, dict})
 _size_plans.offer_quick({**dict.fromkeys((list, tuple, set, frozenset), _quick_members), dict: _quick_mapping})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -30,8 +31,8 @@ POLLED = 3  # lent values looked at with each operation: more than it can add
 class Spiller:
     """The state of a chest, and how values leave memory. Everything runs under ``lock``."""
 
-    def __init__(self, store: Store, limit: int) -> None:
-        self.lock = threading.RLock()
+    def __init__(self, store: Store, limit: int, lock: threading.RLock | None = None) -> None:
+        self.lock = threading.RLock() if lock is None else lock
         self._store = store
         self._tier = MemoryTier(limit)
         self._entries: dict[Any, Entry] = self._tier.entries
@@ -45,6 +46,11 @@ class Spiller:
         self._seen = store.index.version()
         self._epoch = 0
         self._next_seq = store.index.last_seq() + 1
+        self._transaction: Any = None  # the keeper inside of it, while one is open
+        self._write_through = False
+        self._n_transactions = 0  # that are open, or wait for their turn
+        self._none_open = threading.Condition(self.lock)
+        self._owner = 0  # the thread that a keeper inside of a transaction belongs to
         self._closed = False
         self._failed: FailedError | None = None
         self._hits = self._misses = self._spills = self._writes = 0
@@ -79,9 +85,18 @@ class Spiller:
             self._n_new = 0
         self._seen = version
 
+    def _new_place(self) -> int:
+        """The place of a new key in the order: behind all known ones, and by the clock, which processes share."""
+        place = time.time_ns() // 1000
+        if place < self._next_seq:
+            place = self._next_seq
+        self._next_seq = place + 1
+        return place
+
     def _take_commits(self) -> None:
         commits, self._store.commits = self._store.commits, []
-        self._generation = self._store.index.generation  # a folder of chest 0.2 gets its index with the first commit
+        if not self._n_transactions:
+            self._generation = self._store.index.generation  # a folder of chest 0.2 gets its index with the first commit
         for before, version in commits:
             self._moved_to(before, version)
 
@@ -114,7 +129,22 @@ class Spiller:
         target = tier.limit - needed - (sum(self._pinned.values()) if self._pinned else 0)
         if tier.usage <= target:
             return None
-        return self._evict(tier.victims(max(0, target - min(tier.limit // 4, SLACK_BYTES)), spare))
+        victims = tier.victims(max(0, target - min(tier.limit // 4, SLACK_BYTES)), spare)
+        return self._evict(self._not_in_question(victims) if self._n_transactions else victims)
+
+    def _not_in_question(self, victims: list[Entry]) -> list[Entry]:
+        """Those that can leave while another thread's transaction is open.
+
+        What was changed in place before it began belongs to what the transaction finds. Written now, it would be committed
+        after the transaction, over what that one made of it.
+        """
+        sure = []
+        for entry in victims:
+            if not entry.dirty and entry.baseline is not None and (entry.hot or entry.lent):
+                self._tier.keep(entry)
+            else:
+                sure.append(entry)
+        return sure
 
     def _evict(self, victims: list[Entry]) -> ChestError | None:
         """Let entries leave memory, the changed ones by way of the store. What cannot be written stays."""
@@ -171,6 +201,8 @@ class Spiller:
     def _poll(self, everything: bool = False) -> ChestError | None:
         """Look at lent values: those that were let go are written if they have changed, and leave memory."""
         lent = self._lent
+        if self._n_transactions:  # see `_not_in_question`
+            return None
         changed: list[Entry] = []
         for _ in range(len(lent) if everything else min(len(lent), POLLED)):
             key, entry = lent.popitem(last=False)
@@ -190,7 +222,7 @@ class Spiller:
             entry.size = nbytes(entry.value)
             entry.hot = False
             self._tier.add(entry)
-        if self._tier.usage <= self._tier.limit:
+        if self._tier.usage <= self._tier.limit and not self._write_through:
             return None
         return self._evict(changed)
 
@@ -202,22 +234,53 @@ class Spiller:
         tombs = self._tombs
         written = self._store.write(unwritten, [(key, name) for key, name in tombs.items()])
         self._take_commits()
-        if tombs and (written.error is None or written.done):
+        if tombs and (written.error is None or written.commits):
             tombs.clear()
         dirty, unsure, mark, epoch = self._dirty, self._unsure, self._tier.mark, self._epoch
-        for entry, version, baseline in written.done:
-            if unsure.pop(entry.key, None) is None and not entry.stored:
-                self._n_new -= 1
-            dirty.pop(entry.key, None)
-            entry.version, entry.baseline, entry.epoch = version, baseline, epoch
-            entry.stored, entry.fresh = True, False
-            mark(entry, False)
-        self._writes += len(written.done)
+        for version, done, baselines in written.commits:
+            for entry, baseline in zip(done, baselines, strict=True):
+                key = entry.key
+                if unsure.pop(key, None) is None and not entry.stored:
+                    self._n_new -= 1
+                dirty.pop(key, None)
+                entry.version = version
+                entry.baseline = baseline
+                entry.epoch = epoch
+                entry.stored = True
+                entry.fresh = False
+                if entry.stuck:
+                    mark(entry, False)
+                else:
+                    entry.dirty = False
+            self._writes += len(done)
         if failed is not None:
             failed.update(written.failed)
         if isinstance(written.error, FailedError):
             self._failed = written.error
         return written.error
+
+    def _write_through_now(self, key: Any) -> None:
+        """What has just happened to a key is committed."""
+        entry = self._dirty.get(key)
+        if entry is not None or self._tombs:
+            self._write_now([] if entry is None else [entry])
+
+    def _write_now(self, unwritten: list[Entry] | None = None) -> None:
+        """What is unwritten (all of it) is committed. Raises why something is not; it stays in memory."""
+        unwritten = list(self._dirty.values()) if unwritten is None else unwritten
+        if not unwritten and not self._tombs:
+            return
+        self._writable()
+        self._tier.retry()
+        failed: dict[Any, ChestError] = {}
+        error = self._write(unwritten, failed)
+        for entry in unwritten:  # whoever set it may still hold it
+            if not entry.dirty and entry.baseline is not None:
+                entry.lent = bool(_changes.held(entry.value))
+        if error is not None:
+            raise error
+        if failed:
+            raise _summary(failed, self._store.path)
 
     def _sync(self) -> None:
         """Write everything. Raises what could not be written; all else is written all the same."""
@@ -230,16 +293,7 @@ class Spiller:
         for entry in list(self._entries.values()):
             if not entry.dirty and self._find_change(entry):
                 self._measure_again(entry)
-        failed: dict[Any, ChestError] = {}
-        unwritten = list(self._dirty.values())
-        error = self._write(unwritten, failed) if unwritten or self._tombs else None
-        for entry in unwritten:  # whoever set it, or got it, may still hold it
-            if not entry.dirty and entry.baseline is not None:
-                entry.lent = bool(_changes.held(entry.value))
-        if error is not None:
-            raise error
-        if failed:
-            raise _summary(failed, self._store.path)
+        self._write_now()
 
     def _empty(self) -> None:
         """Let everything leave memory that is written."""

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import xxhash
 
-from . import _keys, _pickled, errors
+from . import _fs, _keys, _pickled, errors
 from ._changes import is_immutable
 from ._reading import Reader
 from ._records import (
@@ -37,15 +37,36 @@ from ._records import (
     pack_note,
     unpack_note,
 )
-from .abc import OrderItem, Put, Record
-from .errors import ChestError, DiskFullError, FailedError, SerializeError, WriteError, short
+from .abc import OrderItem, Put, Record, Row
+from .errors import ChestError, CorruptError, DiskFullError, FailedError, SerializeError, WriteError, short
 
 __all__ = ["Store"]
 
-_Ready = tuple[Any, Put, Baseline]  # what is written, its record to be, and its baseline from then on
-_Make = Callable[[Any], _Ready]
-_put = tuple.__new__
+_Fill = Callable[[Iterator[Any], "_Batch", dict[Any, ChestError]], bool]
 _hash = xxhash.xxh3_64_intdigest
+
+
+class _Batch:
+    """What one commit is to write: the nth of ``items``, ``puts`` and ``baselines`` belong together.
+
+    Small values come by the ten thousand: a tuple for each of them would cost the garbage collector more than the rest of it.
+
+    Attributes:
+        files: names of the value files among them, which nothing refers to before the commit.
+    """
+
+    __slots__ = ("baselines", "files", "items", "puts")
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+        self.puts: list[Row] = []
+        self.baselines: list[Baseline] = []
+        self.files: list[str] = []
+
+    def add(self, item: Any, put: Row, baseline: Baseline) -> None:
+        self.items.append(item)
+        self.puts.append(put)
+        self.baselines.append(baseline)
 
 
 class Store(Reader):
@@ -64,7 +85,7 @@ class Store(Reader):
         """
         doomed = list(deletes)
         written = self._in_batches(items, self._serialize, doomed)
-        if isinstance(written.error, DiskFullError) and doomed and not written.done:
+        if isinstance(written.error, DiskFullError) and doomed and not written.commits:
             room = self._in_batches((), self._serialize, doomed)
             if room.error is None:
                 return self._in_batches(items, self._serialize, [])
@@ -74,75 +95,89 @@ class Store(Reader):
         """Take over values of another store with the same serializer. Otherwise as ``write``."""
         return self._in_batches(items, self._take_over, [])
 
-    def _in_batches(self, items: Sequence[Any], make: _Make, doomed: list[tuple[Any, bytes]]) -> Written:
+    def _in_batches(self, items: Sequence[Any], fill: _Fill, doomed: list[tuple[Any, bytes]]) -> Written:
         if self.before_writing is not None:
             self.before_writing()
             self.before_writing = None
         written = Written([], {})
-        batch: list[_Ready] = []
-        size = 0
+        rest = iter(items)
+        batch = _Batch()
         try:
-            for item in items:
-                try:
-                    ready = make(item)
-                except (DiskFullError, FailedError):
-                    raise
-                except ChestError as error:
-                    written.failed[item.key] = error
-                    continue
-                batch.append(ready)
-                size += len(ready[1][3])
-                if size >= COMMIT_BYTES:
-                    self._commit(batch, doomed, written)
-                    doomed, size = [], 0
-            if batch or doomed:
+            while fill(rest, batch, written.failed):
+                self._commit(batch, doomed, written)
+                batch, doomed = _Batch(), []
+            if batch.items or doomed:
                 self._commit(batch, doomed, written)
         except ChestError as error:
             self._discard(batch)
             return written._replace(error=error)
+        except OSError as error:
+            self._discard(batch)
+            problem = _fs.as_disk_full(error, self.path) or WriteError(
+                f"the chest at {self.path} could not be written: {error}. What is not on disk stays in memory: make what it "
+                "needs work and flush again.",
+                path=self.path,
+            )
+            problem.__cause__ = error
+            return written._replace(error=problem)
         except BaseException:
             self._discard(batch)
             raise
         return written
 
-    def _discard(self, batch: Sequence[_Ready]) -> None:
-        self.blobs.remove([Ref.unpack(put.body).blob for _, put, _ in batch if put.kind == BLOB])
+    def _discard(self, batch: _Batch) -> None:
+        with contextlib.suppress(OSError):  # the next opener removes them
+            self.blobs.remove(batch.files)
 
-    def _serialize(self, item: Unwritten) -> _Ready:
-        key, value = item.key, item.value
-        encoded = _keys.encode(key)
-        if encoded is None:
-            name = self.name(key, create=True)
-            assert name is not None
-            typed = _keys.pickled_key(key)
-        else:
-            name, typed = encoded
-        fixed = is_immutable(value)
-        try:
-            if item.size < 2 * SMALL and not self._files_only:
-                body = self.codec.dumps(value)
-                if len(body) < SMALL:
-                    put = _put(Put, (name, item.seq, PACKED, body, typed, item.fresh))
-                    return item, put, None if fixed else _hash(body)
-            return (item, *self._serialize_blob(item, name, typed, fixed))
-        except (ChestError, MemoryError):
-            raise
-        except OSError as error:
-            raise WriteError(
+    def _serialize(self, items: Iterator[Unwritten], batch: _Batch, failed: dict[Any, ChestError]) -> bool:
+        """Put values into a batch until it is full; False if they are all in it."""
+        dumps, encode, fixed = self.codec.dumps, _keys.encode, is_immutable
+        size, small = 0, 0 if self._files_only else 2 * SMALL
+        for item in items:
+            key, value = item.key, item.value
+            try:
+                name, typed = encode(key) or (self.name(key, create=True) or b"", _keys.pickled_key(key))
+                row: Row
+                if item.size < small and len(body := dumps(value)) < SMALL:
+                    row = name, item.seq, PACKED, body, typed, item.fresh
+                    baseline: Baseline = None if fixed(value) else _hash(body)
+                else:
+                    row, baseline = self._serialize_blob(item, name, typed, batch)
+                    body = row[3]
+            except Exception as error:
+                failed[key] = self._refusal(key, value, error)
+                continue
+            batch.add(item, row, baseline)
+            size += len(body)
+            if size >= COMMIT_BYTES:
+                return True
+        return False
+
+    def _refusal(self, key: Any, value: Any, error: Exception) -> ChestError:
+        """Why a value could not be written. Raises what concerns all of them."""
+        if isinstance(error, (DiskFullError, FailedError, MemoryError)):
+            raise error
+        if isinstance(error, ChestError):
+            return error
+        if isinstance(error, OSError):
+            refusal: ChestError = WriteError(
                 f"the value of {short(key)} could not be written: {error}. It stays in memory: make what it needs work and "
                 "flush again.",
                 key=key,
-            ) from error
-        except Exception as error:
-            raise SerializeError(
+            )
+        else:
+            refusal = SerializeError(
                 f"the value of {short(key)} ({type(value).__qualname__}) cannot be written by {self.codec.name}: "
                 f"{type(error).__name__}: {error}. It stays in memory: change or delete it, or choose another serializer.",
                 key=key,
-            ) from error
+            )
+        refusal.__cause__ = error
+        return refusal
 
-    def _serialize_blob(self, item: Unwritten, name: bytes, typed: bytes, fixed: bool) -> tuple[Put, Baseline]:
+    def _serialize_blob(self, item: Unwritten, name: bytes, typed: bytes, batch: _Batch) -> tuple[Row, Baseline]:
         layout: list[_pickled.Layout] = []
         value = item.value
+        fixed = is_immutable(value)
         native = self.codec.native and self._opener is None
         note = key_note(name, typed)
 
@@ -170,83 +205,110 @@ class Store(Reader):
             self.blobs.remove([blob])
             raise
         ref = Ref(size, digest or 1, blob, label)
+        batch.files.append(blob)
         return Put(name, item.seq, BLOB, ref.pack(), typed, item.fresh), None if fixed else baseline
 
-    def _take_over(self, item: Adopted) -> _Ready:
-        key, seq, record, path = item
-        name, typed = _keys.encode(key) or (self.name(key, create=True) or b"", _keys.pickled_key(key))
-        if record.kind != BLOB:
-            return item, Put(name, seq, PACKED, record.body, typed), None
+    def _take_over(self, items: Iterator[Adopted], batch: _Batch, failed: dict[Any, ChestError]) -> bool:
+        size = 0
+        for item in items:
+            key, seq, record, path = item
+            try:
+                name, typed = _keys.encode(key) or (self.name(key, create=True) or b"", _keys.pickled_key(key))
+                kind, body = PACKED, record.body
+                if record.kind == BLOB:
+                    kind, body = BLOB, self._link(key, name, Ref.unpack(body), path, batch)
+            except (DiskFullError, FailedError):
+                raise
+            except ChestError as error:
+                failed[key] = error
+                continue
+            batch.add(item, Put(name, seq, kind, body, typed), None)
+            size += len(body)
+            if size >= COMMIT_BYTES:
+                return True
+        return False
+
+    def _link(self, key: Any, name: bytes, ref: Ref, path: str, batch: _Batch) -> bytes:
+        """A reference to a value file, like ``ref``, of this store's own."""
         blob = self.blobs.link(path)
         try:
-            ref = Ref.unpack(record.body)._replace(blob=blob, label=self._free_label(key, name))
+            body = ref._replace(blob=blob, label=self._free_label(key, name)).pack()
         except BaseException:
             self.blobs.remove([blob])
             raise
-        return item, Put(name, seq, BLOB, ref.pack(), typed), None
+        batch.files.append(blob)
+        return body
 
-    def _commit(self, batch: list[_Ready], deletes: Sequence[tuple[Any, bytes]], written: Written) -> None:
-        """Commit a batch, which is empty afterwards, and do what the commit leaves to be done."""
-        puts = [put for _, put, _ in batch]
-        if any(put[2] == BLOB for put in puts):
+    def _commit(self, batch: _Batch, deletes: Sequence[tuple[Any, bytes]], written: Written) -> None:
+        """Commit a batch and do what the commit leaves to be done."""
+        items, puts = batch.items, batch.puts
+        if batch.files:
             self.blobs.sync()
-        copies = self._make_loose(batch, puts)
+        copies = self._make_loose(items, puts)
         left: list[bytes] = []
 
         def notes(replaced: dict[bytes, Record]) -> list[bytes]:
-            left[:] = self._notes(replaced, batch_keys(), puts)
+            left[:] = self._notes(replaced, items, puts, deletes) if replaced or files else []
             return left
 
-        def batch_keys() -> dict[bytes, Any]:
-            return {name: key for key, name in deletes} | {put.name: item.key for item, put, _ in ready}
-
-        ready = list(batch)
-        batch.clear()  # from here on its files must stay, unless the index says that it wrote nothing
+        files, batch.files = batch.files, []  # from here on they must stay, unless the index says that it wrote nothing
         try:
-            commit = self.index.commit(puts, [name for _, name in deletes], notes=notes)
+            commit = self.index.commit(cast("list[Put]", puts), [name for _, name in deletes], notes=notes)
         except DiskFullError:
-            self._discard(ready)
+            self.blobs.remove(files)
             raise
         self.commits.append((commit.before, commit.version))
-        written.done.extend([(item, commit.version, baseline) for item, _, baseline in ready])
+        written.commits.append((commit.version, items, batch.baselines))
         if left:
-            with contextlib.suppress(DiskFullError):  # all is committed; names wait for the next time
+            try:
                 self.settle()
+            except (FailedError, CorruptError):
+                raise
+            except OSError:  # all is committed; names wait for the next time
+                pass
         for label, body in copies:
-            with contextlib.suppress(OSError):  # a convenience, and no reason to fail what is committed
+            try:
                 self.blobs.write_copy(label, body)
+            except FailedError:
+                raise
+            except OSError:  # a convenience, and no reason to fail what is committed
+                pass
 
-    def _make_loose(self, batch: list[_Ready], puts: list[Put]) -> list[tuple[str, bytes]]:
+    def _make_loose(self, items: list[Any], puts: list[Row]) -> list[tuple[str, bytes]]:
         """While there are few keys, small values get a readable copy: their puts are marked, the copies returned."""
         copies: list[tuple[str, bytes]] = []
         room = 0 if self._files_only else self._loose - len(self.index)
         if room > 0:
-            for number, (item, put, _) in enumerate(batch):
+            for number, (name, seq, kind, body, typed, fresh) in enumerate(puts):
                 if len(copies) >= room:
                     break
-                if put.kind == PACKED:
-                    label = self.label(item.key, put.name)
-                    if self._free_label(item.key, put.name) == label:
-                        copies.append((label, put.body))
-                        puts[number] = put._replace(kind=LOOSE)
+                if kind == PACKED:
+                    key = items[number].key
+                    label = self.label(key, name)
+                    if self._free_label(key, name) == label:
+                        copies.append((label, body))
+                        puts[number] = name, seq, LOOSE, body, typed, fresh
         return copies
 
-    def _notes(self, replaced: dict[bytes, Record], keys: dict[bytes, Any], puts: list[Put]) -> list[bytes]:
+    def _notes(
+        self, replaced: dict[bytes, Record], items: list[Any], puts: list[Row], deletes: Sequence[tuple[Any, bytes]]
+    ) -> list[bytes]:
         """What has to be done after a commit that writes these puts and replaces these records."""
+        keys = {name: key for key, name in deletes} | {put[0]: item.key for item, put in zip(items, puts, strict=True)}
         old = {
             name: (ref.blob, ref.label) if ref else ("", self.label(keys[name], name))
             for name, record in replaced.items()
             for ref in [Ref.unpack(record.body) if record.kind == BLOB else None]
         }
-        new = {put.name: put for put in puts if put.kind == BLOB or put.name in old}
+        new = {name: (kind, body) for name, _, kind, body, _, _ in puts if kind == BLOB or name in old}
         left = []
         for name, (blob, label) in old.items():
-            put = new.get(name)
-            if put is None or put.kind == PACKED or (put.kind == LOOSE and blob):
+            kind, _ = new.get(name, (PACKED, b""))
+            if kind == PACKED or (kind == LOOSE and blob):
                 left.append(pack_note(name, blob, label))
-        for name, put in new.items():
-            if put.kind == BLOB:
-                left.append(pack_note(name, Ref.unpack(put.body).blob, old.get(name, ("", ""))[1]))
+        for name, (kind, body) in new.items():
+            if kind == BLOB:
+                left.append(pack_note(name, Ref.unpack(body).blob, old.get(name, ("", ""))[1]))
         return left
 
     def settle(self) -> int:

@@ -59,6 +59,8 @@ def walk(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, bytes 
 
 def walk_items(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, Any]]:
     """Keys and values in insertion order; the records of a batch are read in one go."""
+    keeper._usable()
+    keeper._take_all_changes()
     pairs = walk(keeper, reverse=reverse)
     entries, lent, tombs, store = keeper._entries, keeper._lent, keeper._tombs, keeper._store
     while batch := list(islice(pairs, BATCH)):
@@ -107,17 +109,17 @@ class Items(ItemsView[K, V]):
     _mapping: Any
 
     def __iter__(self) -> Iterator[tuple[K, V]]:
-        return walk_items(self._mapping)
+        return walk_items(self._mapping._here())
 
     def __reversed__(self) -> Iterator[tuple[K, V]]:
-        return walk_items(self._mapping, reverse=True)
+        return walk_items(self._mapping._here(), reverse=True)
 
     def __contains__(self, item: object) -> bool:
         if not isinstance(item, tuple) or len(item) != 2:
             return False
         key, value = item
         try:
-            found = self._mapping._peek(key)
+            found = self._mapping._here()._peek(key)
         except KeyError:
             return False
         return found is value or bool(found == value)
@@ -132,10 +134,10 @@ class Values(ValuesView[V]):
     _mapping: Any
 
     def __iter__(self) -> Iterator[V]:
-        return (value for _, value in walk_items(self._mapping))
+        return (value for _, value in walk_items(self._mapping._here()))
 
     def __reversed__(self) -> Iterator[V]:
-        return (value for _, value in walk_items(self._mapping, reverse=True))
+        return (value for _, value in walk_items(self._mapping._here(), reverse=True))
 
     def __contains__(self, value: object) -> bool:
         return any(found is value or found == value for found in self)

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-__all__ = ["Blobs", "Commit", "Index", "OrderItem", "Put", "Record"]
+__all__ = ["Blobs", "Commit", "Index", "OrderItem", "Put", "Record", "Row"]
 
 
 class Record(NamedTuple):
@@ -39,6 +40,10 @@ class Put(NamedTuple):
     body: bytes
     typed: bytes = b""  # what gives the key back where its name does not
     fresh: bool = False
+
+
+Row = tuple[bytes, int, int, bytes, bytes, bool]
+"""The same as a plain tuple, which is made in a fifth of the time."""
 
 
 class OrderItem(NamedTuple):
@@ -92,6 +97,8 @@ class Index(ABC):
     ) -> Commit:
         """Write all of it or nothing; durable on return where the index is. Names are distinct (across puts and deletes).
 
+        A put is a ``Put`` or a tuple with the same items.
+
         Deleting an absent name is no error. ``notes`` is called inside the commit with those records, by name, that are
         overwritten or deleted and whose ``kind`` is not 0 (nothing outside of the index belongs to kind 0); what it returns
         is part of the commit and kept until ``settle`` has dealt with it. It must be quick, and may be called again.
@@ -109,6 +116,14 @@ class Index(ABC):
         ``finish`` returns whether it is done, and must be able to do a thing twice. ``get`` reads the current record of a
         name. ``ready`` is called before anything is forgotten: what ``finish`` did must be durable then. Returns the commit
         that forgot them (None if there was nothing to forget) and the number of notes left.
+        """
+
+    @abstractmethod
+    def transaction(self) -> AbstractContextManager[Index]:
+        """Within the block, an index that sees the newest commit and what is written to it, which belongs to this thread.
+
+        All that is committed to it becomes visible together, and as durable as any commit, when the block ends; nothing does
+        if the block raises. Nobody else can commit meanwhile; reading goes on. ``settle`` must not be called within.
         """
 
     @abstractmethod
@@ -140,6 +155,13 @@ class Index(ABC):
     @abstractmethod
     def meta(self, name: bytes) -> bytes | None:
         """A setting of the chest."""
+
+    def changed_since(self, version: int) -> tuple[int, list[tuple[bytes, bytes]] | None]:
+        """The version of the newest commit, and ``(name, typed)`` of what the commits after ``version`` wrote and deleted.
+
+        None where it is not known (any more): the caller looks through the records for newer versions.
+        """
+        return self.version(), None
 
     def busy(self) -> bool:
         """Whether this thread is in the middle of a commit, so that another one would wait for ever (for finalizers)."""

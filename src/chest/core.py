@@ -15,10 +15,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple, TypeVar
 
-from . import _fs, _lifetime
-from ._dictionary import Dictionary
+from . import _fs, _lifetime, _scratch
 from ._keys import key_to_filename
-from ._opening import open_folder
+from ._processes import Portable, refuse_gone
 from ._sizing import nbytes, parse_memory
 from .errors import ChestError
 from .serializers import resolve
@@ -48,7 +47,7 @@ def _open_many(filenames: Iterable[str], mode: str = "rb") -> Iterator[list[Any]
         yield [stack.enter_context(builtins.open(name, mode)) for name in filenames]
 
 
-class Chest(Dictionary[K, V]):
+class Chest(Portable[K, V]):
     """A dictionary that keeps what fits in memory and the rest in a folder, and finds everything again next time.
 
     All of ``dict``'s interface holds: insertion order, any hashable key, values changed in place. Any number of threads may
@@ -76,6 +75,8 @@ class Chest(Dictionary[K, V]):
         loose: up to this number of keys small values also have a readable file of their own; None: every value is a file.
         verify: ``"auto"`` checks everything but the inside of buffers above 1 MiB when a value is loaded, ``"always"`` that
             too, which reads all of them.
+        write_through: every set, every deletion and every change in place that is noticed is committed before the call returns
+            (0.4 ms or so each). Others see it at once.
         network: accept a network file system, where the index is damaged sooner or later.
 
     Raises:
@@ -102,6 +103,7 @@ class Chest(Dictionary[K, V]):
         serializer: Any = None,
         loose: int | None = 100,
         verify: str = "auto",
+        write_through: bool = False,
         network: bool = False,
     ) -> None:
         limit = parse_memory(available_memory)
@@ -113,43 +115,52 @@ class Chest(Dictionary[K, V]):
         if open is builtins.open:
             open = None
         _lifetime.close_those_left()
-        self._scratch = path is None
-        self.path: str = _fs.make_scratch() if path is None else os.path.abspath(os.fspath(path))
-        self._given: dict[str, Any] = {
+        self._scratch = path is None or isinstance(path, _scratch.Shared)
+        self.path = (
+            _scratch.make_scratch()
+            if path is None
+            else _scratch.join_scratch(path)
+            if isinstance(path, _scratch.Shared)
+            else os.path.abspath(os.fspath(path))
+        )
+        self._given: dict[str, Any] = {  # all settings that do not change: what is not here does not reach other processes
+            "dump": dump,
+            "load": load,
             "key_to_filename": key_to_filename,
             "open": open,
             "open_many": open_many,
+            "mode": mode,
+            "serializer": serializer,
             "loose": loose,
+            "verify": verify,
+            "write_through": write_through,
+            "network": network,
         }
         try:
-            store = open_folder(
-                self.path,
-                codec,
-                scratch=self._scratch,
-                label=key_to_filename,
-                opener=open,
-                loose=loose,
-                verify=verify == "always",
-                network=network,
-            )
+            store = self._open_store(codec)
         except BaseException:
             if self._scratch:
-                _fs.remove_scratch(self.path)
+                _scratch.remove_scratch(self.path)
             raise
         super().__init__(store, limit)
+        self._write_through = write_through
         self._on_miss = on_miss
         self._on_overflow = on_overflow
         self.open: Callable[..., Any] = open or builtins.open
         self.open_many: Callable[..., AbstractContextManager[list[Any]]] = open_many or _open_many
         self.mode = mode
-        _lifetime.remember(self)
+        self._begun()
         if data is not None:
             self.update(data)
 
+    def _has_company(self) -> bool:
+        return not self._scratch or self._shared
+
     def _twin(self) -> Chest[K, V]:
-        codec = self._store.codec
-        pair: dict[str, Any] = {} if codec.native else {"dump": codec.dump, "load": codec.load}
-        return type(self)(available_memory=self.available_memory, mode=self.mode, **pair, **self._given)
+        given = {name: setting for name, setting in self._given.items() if name not in ("write_through", "network")}
+        if (given["serializer"], given["dump"], given["load"]) == (None, None, None):
+            given["serializer"] = self._store.codec.name  # what the folder remembered
+        return type(self)(available_memory=self.available_memory, **given)
 
     # --- memory and disk
 
@@ -173,7 +184,7 @@ class Chest(Dictionary[K, V]):
     def inmem(self) -> Mapping[K, V]:
         """The values that are in memory now, to be read."""
         with self.lock:
-            return MappingProxyType({key: self._handed(entry) for key, entry in self._entries.items()})
+            return MappingProxyType({key: self._handed(entry) for key, entry in self._here()._entries.items()})
 
     @staticmethod
     def _handed(entry: Any) -> Any:
@@ -192,6 +203,16 @@ class Chest(Dictionary[K, V]):
         if error is not None:
             raise error
 
+    def _no_transaction(self, method: str) -> None:
+        """None is open: other threads' have ended (the lock is given away until then)."""
+        if self._here() is not self:
+            raise ChestError(
+                f"{method}() within a transaction of the chest at {self.path}: it is written when the block ends, not before.",
+                path=self.path,
+            )
+        while self._n_transactions:
+            self._none_open.wait()
+
     def flush(self) -> None:
         """Write everything and empty memory. On return all that was set would survive a power cut.
 
@@ -200,6 +221,7 @@ class Chest(Dictionary[K, V]):
             DiskFullError, FailedError: nothing more could be written.
         """
         with self.lock:
+            self._no_transaction("flush")
             try:
                 self.sync()
             finally:
@@ -208,6 +230,7 @@ class Chest(Dictionary[K, V]):
     def sync(self) -> None:
         """Write everything and keep it in memory. Durable on return; raises what ``flush`` raises."""
         with self.lock:
+            self._no_transaction("sync")
             self._tier.retry()
             self._sync()
 
@@ -221,6 +244,7 @@ class Chest(Dictionary[K, V]):
         """Let one value leave memory. Raises KeyError if it is not in memory, or why it could not be written."""
         with self.lock:
             self._writable()
+            self._no_transaction("move_to_disk")
             entry = self._entries[key]
             self._tier.retry()
             self._raise(self._evict([entry]))
@@ -235,16 +259,17 @@ class Chest(Dictionary[K, V]):
         """Bring values into memory, as far as they fit: of one key, or of a list (or set, view, generator) of keys."""
         if isinstance(keys, (str, bytes, tuple)) or not isinstance(keys, Iterable):
             keys = [keys]
-        with self.lock:
-            self._usable()
+        keeper = self._here()
+        with keeper.lock:
+            keeper._usable()
             for key in keys:
-                if self._in_memory(key) is not None:
+                if keeper._in_memory(key) is not None:
                     continue
-                loaded = self._load(key)
+                loaded = keeper._load(key)
                 if loaded is None:
                     raise KeyError(key)
-                self._misses += 1
-                self._admit(key, loaded, lent=False)
+                keeper._misses += 1
+                keeper._admit(key, loaded, lent=False)
 
     def key_to_filename(self, key: K) -> str:
         """The path of a file with the key's value as it was last written; made now if the value lies in the index.
@@ -254,6 +279,7 @@ class Chest(Dictionary[K, V]):
         """
         with self.lock:
             self._usable()
+            self._no_transaction("key_to_filename")
             entry = self._in_memory(key)
             if entry is not None and self._find_change(entry):
                 failed: dict[Any, ChestError] = {}
@@ -287,7 +313,7 @@ class Chest(Dictionary[K, V]):
         return f"<{type(self).__name__} at {self.path}>"
 
     def __repr__(self) -> str:
-        if self._closed:
+        if self._closed and not self._forked:
             return f"<{type(self).__name__} at {self.path}: closed>"
         try:
             s = self.stats()
@@ -305,14 +331,16 @@ class Chest(Dictionary[K, V]):
 
         If values cannot be written, this raises as ``flush`` does and the chest stays open: nothing is lost.
         """
+        self._forked = False
         with self.lock if not self._closed else ExitStack():
             if self._closed:
                 return
-            if not self._scratch and self._failed is None:
+            self._no_transaction("close")
+            if (not self._scratch or (self._shared and _scratch.is_shared(self.path))) and self._failed is None:
                 self.sync()
             self._end()
         if self._scratch:
-            _fs.remove_scratch(self.path)
+            _scratch.remove_scratch(self.path)
 
     def _end(self) -> None:
         """Let go of everything, written or not."""
@@ -328,12 +356,13 @@ class Chest(Dictionary[K, V]):
         """Remove the chest from the disk for good, and close it. Files that are not its own stay."""
         with self.lock:
             self._usable()
+            self._no_transaction("drop")
             if not self._scratch:
                 for label in self._store.labels():
                     self._store.blobs.unlink(label)
             self._end()
         if self._scratch:
-            _fs.remove_scratch(self.path)
+            _scratch.remove_scratch(self.path)
         else:
             shutil.rmtree(os.path.join(self.path, ".keys"), ignore_errors=True)
             try:
@@ -359,7 +388,22 @@ class Chest(Dictionary[K, V]):
             self.close()
 
     def __reduce__(self) -> Any:
-        raise TypeError(f"{self} cannot be pickled: send its path, and open it there with Chest(path=...)")
+        """Everything is written; what is sent is the path and the settings, with which the receiver opens the folder.
+
+        A scratch chest stays scratch: its folder goes when the last process that opened it has let go.
+        """
+        settings, extras = self._sent()
+        return _opened_again, (type(self), self.path, self._scratch, settings), extras or None
+
+
+def _opened_again(cls: type[Chest[Any, Any]], path: str, scratch: bool, settings: dict[str, Any]) -> Chest[Any, Any]:
+    """A chest that was pickled, in the process that it was sent to."""
+    chest = cls.__new__(cls)
+    if not scratch:
+        refuse_gone(path)
+    Chest.__init__(chest, path=_scratch.Shared(path) if scratch else path, **settings)
+    chest._shared = True
+    return chest
 
 
 def _size(n: float) -> str:

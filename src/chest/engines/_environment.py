@@ -1,7 +1,5 @@
-"""LMDB environments: one per folder and process, whoever uses it, with the rules that LMDB leaves to its callers.
+"""An LMDB environment, with the rules that LMDB leaves to its callers.
 
-- A second environment on one folder in one process destroys the locks of the first. So they are kept here, counted,
-  under device and inode of ``data.mdb`` (a path may be renamed or linked); none is closed while another chest uses it.
 - Nobody opens ``data.mdb`` or ``lock.mdb`` by hand while the environment is open: closing such a descriptor drops the
   locks. What is to be read in them is read before.
 - The map must not be resized under a transaction of this process: each runs inside of the gate.
@@ -16,22 +14,20 @@ import contextlib
 import errno
 import mmap
 import os
-import stat
 import sys
 import threading
 import time
 from _thread import get_ident
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import lmdb
 
 from .. import _fs
-from ..errors import ChestError, CorruptError, DiskFullError, FailedError, PathError
-from ._datafile import forget_stump, prepare_lock, refuse_damaged
+from ..errors import ChestError, CorruptError, DiskFullError, FailedError
 from ._gate import GATE
 
-__all__ = ["ENVIRONMENTS", "Environment", "Environments", "damaged"]
+__all__ = ["FULL", "Environment", "code_of", "damaged", "identity_of"]
 
 T = TypeVar("T")
 
@@ -40,7 +36,7 @@ MAP_SIZE = 64 << 20 if os.name == "nt" else 256 << 30 if sys.maxsize > 2**32 els
 SMALLEST_MAP = 64 << 20
 N_READERS = 1024
 _TRIES = 200
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Environment:
@@ -48,10 +44,11 @@ class Environment:
 
     Attributes:
         begin: begins a transaction, inside of the gate only.
-        index, order, pending, meta: its databases.
+        index, order, pending, meta, changed: its databases.
         generation: see ``Index``.
         map_size: bytes.
         failed: why it takes no more commits, or None.
+        lost: this process was forked off the one that opened it, and must not touch it.
     """
 
     begin: Callable[..., Any]
@@ -59,12 +56,14 @@ class Environment:
     order: Any
     pending: Any
     meta: Any
+    changed: Any
 
     def __init__(self, folder: str, *, sync: bool, map_size: int | None) -> None:
         self.folder = folder
         self.sync = sync
         self.map_size = map_size or MAP_SIZE
         self.failed: str | None = None
+        self.lost = False
         self.n_users = 1
         self._writer = threading.Lock()  # the threads of this process queue here, not inside of the gate
         self._writing = 0  # the thread that holds it
@@ -72,7 +71,7 @@ class Environment:
         try:
             self.data = os.path.join(folder, "data.mdb")
             self.generation = self._map_generation()
-            self.files = {name: _identity(os.path.join(folder, name)) for name in _FILES}
+            self.files = {name: identity_of(os.path.join(folder, name)) for name in _FILES}
         except BaseException:
             self._env.close()
             raise
@@ -122,7 +121,7 @@ class Environment:
         fd = os.open(os.path.join(self.folder, "generation"), flags, 0o600)
         try:
             if os.fstat(fd).st_size < 8:  # written, not stretched: a hole could not be filled on a full disk (SIGBUS)
-                os.write(fd, bytes(8))
+                _fs.write_all(fd, bytes(8))
             view = memoryview(mmap.mmap(fd, 8)).cast("Q")
         finally:
             os.close(fd)
@@ -165,7 +164,11 @@ class Environment:
         """
         inside, ident = GATE.inside, get_ident()
         if self._writing == ident:
-            raise RuntimeError("this thread is in the middle of a commit (a signal handler or finalizer, perhaps)")
+            raise ChestError(
+                f"this thread is in the middle of a commit to {folder}: use the chest whose transaction it is in there (in a "
+                "signal handler or finalizer, write later).",
+                path=folder,
+            )
         with self._writer:
             try:
                 self._writing = ident
@@ -187,8 +190,7 @@ class Environment:
                                 txn.commit()  # writes nothing, and is not kept waiting as `abort` is
                             return result
                         except BaseException:
-                            with GATE.calm():  # while others read without a pause it would take seconds
-                                txn.abort()
+                            self.give_up(txn)
                             raise
                     except (lmdb.MapFullError, lmdb.MapResizedError) as error:
                         problem = error
@@ -201,7 +203,22 @@ class Environment:
                 self._writing = 0
         raise ChestError(f"the index in {folder} cannot grow", path=folder) from problem
 
+    def give_up(self, txn: Any) -> None:
+        """End a write transaction, and nothing of it is written."""
+        if not self.lost:  # else it is the parent's
+            with GATE.calm():  # while others read without a pause it would take seconds
+                txn.abort()
+
+    def refuse_lost(self) -> None:
+        """Raises ChestError in a process that was forked off within a transaction: it is the parent's."""
+        if self.lost:
+            raise ChestError(
+                f"the index in {self.folder} was opened by the parent of this process, before the fork: open the chest again.",
+                path=self.folder,
+            )
+
     def _commit(self, txn: Any) -> None:
+        self.refuse_lost()
         # Stored while this thread holds the writers' lock, so that nobody can see the commit under the old generation.
         # If an interrupt comes in between, it stays: whether the commit took place is not known here.
         self.generation[0] = txn.id()
@@ -224,7 +241,7 @@ class Environment:
 
     def _is_full(self, error: lmdb.Error) -> bool:
         # LMDB reports a write that fell short as EIO.
-        return _code(error) in _FULL or (_code(error) == errno.EIO and _fs.disk_is_full(self.folder))
+        return code_of(error) in FULL or (code_of(error) == errno.EIO and _fs.disk_is_full(self.folder))
 
     def _fail(self, error: lmdb.Error) -> FailedError:
         self.failed = (
@@ -240,7 +257,7 @@ class Environment:
         for name, identity in list(self.files.items())[: None if self.sync else 1]:
             path = os.path.join(folder, name)
             try:
-                if _identity(path) == identity:
+                if identity_of(path) == identity:
                     continue
             except OSError:
                 pass
@@ -262,9 +279,13 @@ class Environment:
             return damaged(self.folder, str(error))
         if self._is_full(error):
             return DiskFullError(f"the disk is full ({self.folder}): make room and try again.", path=self.folder)
-        if isinstance(error, lmdb.PanicError) or _code(error) == errno.EIO:
+        if isinstance(error, lmdb.PanicError) or code_of(error) == errno.EIO:
             return self._fail(error)
         return FailedError(f"the index in {self.folder} cannot be used: {error}", path=self.folder)
+
+    def is_held(self) -> bool:
+        """Whether this thread is in the middle of a commit, or of a transaction."""
+        return self._writing == get_ident()
 
     # --- recovering, outside of the gate
 
@@ -278,13 +299,13 @@ class Environment:
             if attempt:
                 raise self._fail(problem) from problem
             self._fail(problem)
-            with GATE.alone():
+            with self._alone():
                 self._env.close()
                 self._attach()
             return
         if isinstance(problem, lmdb.MapFullError) and attempt == 0 and self._env.reader_check():
             return  # the pages that a dead reader held back can be used again
-        with GATE.alone():
+        with self._alone():
             if self.map_size != seen:
                 return  # another thread was faster
             size = seen * 2
@@ -297,16 +318,24 @@ class Environment:
             self._env.set_mapsize(size)
             self.map_size = size
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No transaction of this process is open: neither one inside of the gate nor one that spans a user's code."""
+        with contextlib.nullcontext() if self._writing == get_ident() else self._writer, GATE.alone():
+            yield
+
     def sync_to_disk(self) -> None:
         """All that was committed is durable."""
         try:
-            self._env.sync(True)
+            with GATE.entered():  # a child that was forked meanwhile could not close what it inherits
+                self._env.sync(True)
         except lmdb.Error as error:
             raise self._fail(error) from error
 
     def reader_check(self) -> None:
         """The slots of readers that have died are free, and so are the pages that they held."""
-        self._env.reader_check()
+        with GATE.entered():
+            self._env.reader_check()
 
     def close(self) -> None:
         """Let go of the environment; nobody uses it any more."""
@@ -314,16 +343,16 @@ class Environment:
             self._env.close()
 
 
-_DATABASES = ("index", "order", "pending", "meta")
+_DATABASES = ("index", "order", "pending", "meta", "changed")
 _FILES = ("data.mdb", "lock.mdb", "generation")
 
 
-def _identity(path: str) -> tuple[int, int]:
+def identity_of(path: str) -> tuple[int, int]:
     found = os.stat(path)
     return found.st_dev, found.st_ino
 
 
-def _code(error: lmdb.Error) -> int:
+def code_of(error: lmdb.Error) -> int:
     code: int = getattr(error, "code", 0)  # errors of the binding itself have none
     return code
 
@@ -345,90 +374,3 @@ def damaged(folder: str, what: str) -> CorruptError:
         "unharmed, and pickle.load reads them.",
         path=folder,
     )
-
-
-class Environments:
-    """All open environments of this process."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # a chest may be collected, and closed, while this thread is in here
-        self._open: dict[tuple[int, int], Environment] = {}
-
-    def open(self, folder: str, *, sync: bool, create: bool, map_size: int | None = None) -> Environment:
-        """The environment of a folder, to be given back by ``release``.
-
-        Raises:
-            PathError: the folder cannot hold one, or (without ``create``) holds none.
-            CorruptError: what lies there is damaged.
-            DiskFullError: there is no room for it.
-        """
-        folder = os.path.abspath(folder)
-        data = os.path.join(folder, "data.mdb")
-        is_new = False
-        with self._lock:
-            try:
-                with contextlib.suppress(FileNotFoundError):
-                    env = self._open.get(_identity(data))
-                    if env is not None:
-                        env.n_users += 1
-                        return env
-                is_new = refuse_damaged(folder)
-                if is_new:
-                    if not create:
-                        raise PathError(f"there is no index in {folder}", path=folder)
-                    _make_folder(folder)
-                prepare_lock(folder)
-                env = Environment(folder, sync=sync, map_size=map_size)
-                if is_new and sync:
-                    _sync_folders(folder)
-            except lmdb.Error as error:
-                if is_new:
-                    forget_stump(data)
-                raise _opening_error(error, folder) from error
-            except OSError as error:
-                if is_new:
-                    forget_stump(data)
-                full = _fs.as_disk_full(error, folder)
-                if full is not None:
-                    raise full from error
-                if isinstance(error, ChestError):
-                    raise
-                raise PathError(f"{folder} cannot hold an index: {error.strerror or error}", path=folder) from error
-            self._open[env.files["data.mdb"]] = env
-            return env
-
-    def release(self, env: Environment) -> None:
-        """One user less; the last one closes it."""
-        with self._lock:
-            env.n_users -= 1
-            if not env.n_users:
-                self._open.pop(env.files["data.mdb"], None)
-                env.close()
-
-
-def _make_folder(folder: str) -> None:
-    os.makedirs(folder, 0o700, exist_ok=True)
-    if not stat.S_ISDIR(os.lstat(folder).st_mode):
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
-
-
-def _sync_folders(folder: str) -> None:
-    """LMDB never syncs folders. Of those above the chest's own some may not be readable, and are older than it is."""
-    _fs.fsync_folder(folder)
-    for _ in range(2):
-        folder = os.path.dirname(folder)
-        with contextlib.suppress(PermissionError):
-            _fs.fsync_folder(folder)
-
-
-def _opening_error(error: lmdb.Error, folder: str) -> Exception:
-    if isinstance(error, (lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError, lmdb.PageNotFoundError)):
-        return damaged(folder, str(error))
-    if isinstance(error, lmdb.MemoryError):
-        return MemoryError(f"no address space for the index in {folder} (RLIMIT_AS?)")
-    if _code(error) in _FULL or (_code(error) == errno.EIO and _fs.disk_is_full(folder)):
-        return DiskFullError(f"the disk is full ({folder}): make room and try again.", path=folder)
-    return PathError(f"{folder} cannot hold an index: {error}", path=folder)
-
-
-ENVIRONMENTS = Environments()

@@ -26,40 +26,14 @@ from ..abc import Blobs
 from ..errors import CorruptError, FailedError, PathError
 from ._labels import below, parts_of
 from ._mapping import map_privately
+from ._owners import join, leave
 
 __all__ = ["FileBlobs"]
 
 _FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NAME = re.compile(r"[0-9a-z][0-9a-zA-Z-]{0,200}")
+_BEFORE_SYNCING = (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EMFILE, errno.ENFILE)  # nothing was lost: try again
 _UNUSABLE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno.ELOOP)
-
-# --- owners: one per process and folder, however many chests use it
-
-_owners: dict[tuple[int, int], tuple[_fs.Owner, int]] = {}
-_owners_lock = threading.RLock()  # a chest may be collected, and closed, while this thread is in here
-
-
-def _join(folder: str) -> tuple[tuple[int, int], _fs.Owner]:
-    found = os.stat(folder)
-    key = (found.st_dev, found.st_ino)
-    with _owners_lock:
-        owner, count = _owners.get(key, (None, 0))
-        if owner is None or owner.pid != os.getpid():
-            owner, count = _fs.Owner.claim(folder), 0
-        _owners[key] = owner, count + 1
-        return key, owner
-
-
-def _leave(key: tuple[int, int], owner: _fs.Owner) -> None:
-    with _owners_lock:
-        found, count = _owners.get(key, (None, 0))
-        if found is not owner:
-            return
-        if count > 1:
-            _owners[key] = owner, count - 1
-        else:
-            del _owners[key]
-            owner.release()
 
 
 class _Whole(io.FileIO):
@@ -138,7 +112,7 @@ class FileBlobs(Blobs):
         try:
             sync(what)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in _BEFORE_SYNCING:
                 raise
             self._failed = True  # the kernel has dropped what it could not write: a second try would seem to succeed
             raise self._failure() from error
@@ -180,7 +154,7 @@ class FileBlobs(Blobs):
                 joined = self._joined
                 if joined is None or joined[1].pid != os.getpid():
                     self._make_new()
-                    joined = self._joined = _join(self._new)
+                    joined = self._joined = join(self._new)
         return joined[1]
 
     def _make_new(self) -> None:
@@ -195,7 +169,7 @@ class FileBlobs(Blobs):
                     raise PathError(f"{folder} is no folder: move it away.", path=folder) from None
             else:
                 if self._sync:
-                    _fs.fsync_folder(os.path.dirname(folder))
+                    self._durably(_fs.fsync_folder, os.path.dirname(folder))
 
     def link(self, path: str) -> str:
         """A new blob with the content of a file, by a hard link, or by a copy across file systems; its name."""
@@ -231,9 +205,13 @@ class FileBlobs(Blobs):
             if self._failed:
                 raise self._failure()
             while self._unsynced:
-                folder = self._unsynced.pop()
-                with contextlib.suppress(FileNotFoundError):
+                folder = next(iter(self._unsynced))
+                try:
                     self._durably(_fs.fsync_folder, folder)
+                except FileNotFoundError:  # removed since: that is what must be durable then
+                    if folder != self.root:
+                        self._unsynced.add(os.path.dirname(folder))
+                self._unsynced.discard(folder)
 
     def write_copy(self, label: str, data: bytes) -> None:
         """A copy of a small value lies under its label, for people to look at. Never synced, never read by chest.
@@ -293,18 +271,6 @@ class FileBlobs(Blobs):
                 raise CorruptError(error.message, path=error.path) from error
             raise
 
-    def size(self, name: str, label: str) -> int:
-        """The size of a blob in bytes.
-
-        Raises:
-            FileNotFoundError: there is no such blob.
-        """
-        fd = self._open(name, label)
-        try:
-            return os.fstat(fd).st_size
-        finally:
-            os.close(fd)
-
     def path(self, name: str, label: str, *, new: bool | None = None) -> str:
         """Where the file of a blob is right now (with ``new``: where it is before or after it is published)."""
         if not _NAME.fullmatch(name):
@@ -338,7 +304,7 @@ class FileBlobs(Blobs):
         that tells of it must not be forgotten before. ``sync=False`` puts that off to the next ``sync``.
         """
         path = self.path(name, label, new=True)
-        if not os.path.lexists(path):
+        if self._is_gone(path):
             return True
         try:
             with below(self.root, label, create=True) as (folder, last):
@@ -350,7 +316,7 @@ class FileBlobs(Blobs):
                         pass
                 os.replace(path, last, dst_dir_fd=folder)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, PathError):
-            return not os.path.lexists(path)
+            return self._is_gone(path)
         except OSError as error:
             if error.errno in (errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.EINVAL):
                 return False
@@ -358,10 +324,21 @@ class FileBlobs(Blobs):
             if full is not None:
                 raise full from error
             raise
-        self._unsynced |= {self._new, os.path.dirname(os.path.join(self.root, label))}
+        parts = parts_of(label)
+        # All folders on the way: some may have been made for it.
+        self._unsynced |= {self._new, *(os.path.join(self.root, *parts[:n]) for n in range(len(parts)))}
         if self._sync if sync is None else sync:
             self.sync()
         return True
+
+    @staticmethod
+    def _is_gone(path: str) -> bool:
+        """Not as ``os.path.lexists``, which takes every error for an answer: what cannot be looked at is not gone."""
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        return False
 
     def unlink(self, label: str) -> None:
         """What lies under a label is gone if it is a file or a link, and so are folders above it that are empty now."""
@@ -370,9 +347,12 @@ class FileBlobs(Blobs):
                 if stat.S_ISDIR(os.stat(last, dir_fd=folder, follow_symlinks=False).st_mode):
                     return
                 os.unlink(last, dir_fd=folder)
-        except (FileNotFoundError, PathError):
+        except FileNotFoundError:
             pass
+        except PathError:
+            return
         parts = parts_of(label)
+        self._unsynced.add(os.path.dirname(os.path.join(self.root, *parts)))  # even if it was gone: maybe not durably so
         with contextlib.suppress(OSError):  # not empty, or a link: not ours to remove
             while len(parts) > 1:
                 parts.pop()
@@ -418,7 +398,7 @@ class FileBlobs(Blobs):
         with self._lock:
             joined, self._joined = self._joined, None
             if joined is not None:
-                _leave(*joined)
+                leave(*joined)
 
 
 def _copy(path: str, file: Any) -> None:

@@ -32,7 +32,12 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self.inside: list[int] = []
+        self.inside: list[int] = []  # always the same list
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """In a forked child nobody is inside but this thread, if it was; whoever held the locks is not here."""
+        self.inside[:] = [ident for ident in self.inside if ident == get_ident()]
         self.shut = False
         self._key = threading.Lock()  # of those who shut it
         self._door = threading.Lock()  # what the others wait for
@@ -65,13 +70,54 @@ class Gate:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """No other thread is inside, and none of this one's own transactions."""
-        if get_ident() in self.inside:
+        """No other thread is inside, and none of this one's own transactions. Within, this thread is inside."""
+        ident = get_ident()
+        if ident in self.inside:
             raise RuntimeError("this thread is in the middle of a transaction (a signal handler or finalizer, perhaps)")
         with self._key, self._shutting():
             while self.inside:
                 time.sleep(_PAUSE)
+            try:
+                self.inside.append(ident)  # a finalizer that runs now must not wait for this thread
+                yield
+            finally:
+                self.inside.remove(ident)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """The lines above, for what is not called often."""
+        ident = get_ident()
+        try:
+            self.inside.append(ident)
+            if self.shut:
+                self.wait(ident)
             yield
+        finally:
+            self.inside.remove(ident)
+
+    def seize(self, until: float) -> bool:
+        """As ``alone``, from here to ``release``; or False where that would last beyond ``until`` (of ``time.monotonic``)."""
+        if get_ident() in self.inside or not self._key.acquire(timeout=max(0.0, until - time.monotonic())):
+            return False
+        self._door.acquire()
+        self.shut = True
+        while self.inside:
+            if time.monotonic() > until:
+                self._open()
+                return False
+            time.sleep(_PAUSE)
+        self.inside.append(get_ident())
+        return True
+
+    def release(self) -> None:
+        """The end of what ``seize`` began."""
+        self.inside.remove(get_ident())
+        self._open()
+
+    def _open(self) -> None:
+        self.shut = False
+        self._door.release()
+        self._key.release()
 
     @contextlib.contextmanager
     def _shutting(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ import pickle
 import shutil
 import struct
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from .. import _fs, _keys
@@ -143,6 +144,9 @@ class LegacyIndex(Index):
     ) -> Commit:
         commit = self.upgrade().commit(puts, deletes, notes=notes, meta=meta)
         return commit
+
+    def transaction(self) -> AbstractContextManager[Index]:
+        return self.upgrade().transaction()
 
     def settle(
         self,

@@ -1,9 +1,10 @@
-"""The default index: four LMDB databases in the folder ``.keys``.
+"""The default index: five LMDB databases in the folder ``.keys``.
 
     index     name -> version u64 | seq u64 | kind u8 | body | checksum
     order     seq, big-endian -> length of the name u16 | name | typed | checksum
     pending   number, big-endian -> note | checksum
     meta      name -> setting | checksum
+    changed   what the last commits were about (see ``_log``)
 
 All other integers are little-endian. A checksum is the XXH3 (64 bits) of the entry's key and of what lies before it:
 LMDB has none of its own, and would answer a damaged page with a wrong value. The version is the number of LMDB's
@@ -12,12 +13,13 @@ transaction, so a snapshot knows its own, and no counter can be lost.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from _thread import get_ident
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import lmdb
 from xxhash import xxh3_64_digest as _digest
@@ -25,7 +27,16 @@ from xxhash import xxh3_64_digest as _digest
 from .. import _fs
 from ..abc import Commit, Index, OrderItem, Put, Record
 from ..errors import ClosedError
-from ._environment import ENVIRONMENTS, Environment, damaged
+from . import _log
+from ._cursors import add as _add
+from ._cursors import count as _count
+from ._cursors import last as _last
+from ._cursors import place as _place
+from ._cursors import seek as _seek
+from ._cursors import version as _version
+from ._environment import Environment, damaged
+from ._environments import ENVIRONMENTS
+from ._exclusive import exclusive
 from ._gate import GATE
 
 __all__ = ["LmdbIndex"]
@@ -38,6 +49,7 @@ _LENGTH = struct.Struct("<H")
 _new = tuple.__new__
 _inside = GATE.inside
 _FAILED = object()
+MANY = 5_000  # changes of one commit that nobody is told one by one
 _PAGE_BYTES = 4 << 20  # a page of the order ends here, too: keys may be large
 
 
@@ -183,6 +195,11 @@ class LmdbIndex(Index):
         data = env.read(lambda txn: txn.get(name, db=env.meta))
         return None if data is None else self._plain("a setting", name, data)
 
+    def changed_since(self, version: int) -> tuple[int, list[tuple[bytes, bytes]] | None]:
+        """The version of the newest commit, and what those after ``version`` wrote and deleted, if that is still known."""
+        env = self._env
+        return env.read(lambda txn: (txn.id(), _log.since(txn, env.changed, version)))
+
     def nbytes(self) -> int:
         """The size of the index's file."""
         return os.stat(self._env.data).st_size
@@ -210,7 +227,7 @@ class LmdbIndex(Index):
         if not puts and not deletes and not meta and notes is None:
             version = self.version()
             return Commit(version, version)
-        batch = sorted(puts, key=itemgetter(0))
+        batch = sorted(puts, key=itemgetter(0))  # neighbours share pages
         names = [put[0] for put in batch]
         if deletes:
             names = sorted([*names, *deletes])
@@ -223,14 +240,31 @@ class LmdbIndex(Index):
         commit: Commit = self._committed(work)
         return commit
 
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Index]:
+        """Within the block, an index whose commits take place together when the block ends, or never if it raises.
+
+        LMDB keeps the pages that it has written in memory until then, up to 512 MiB of them.
+
+        Raises:
+            ChestError: this thread is in one already, of another index on the same folder.
+            DiskFullError, FailedError: nothing was written.
+        """
+        with exclusive(self._env, self._folder) as held:
+            yield LmdbIndex(self._folder, cast(Environment, held), sync=False)
+        self._made_durable()
+
     def _committed(self, work: Callable[[Any], tuple[Any, bool]]) -> Any:
+        result = self._env.write(self._folder, work)
+        self._made_durable()
+        return result
+
+    def _made_durable(self) -> None:
         env = self._env
-        result = env.write(self._folder, work)
         if self._sync:
             if not env.sync:  # opened first by somebody who did not ask for it
                 env.sync_to_disk()
             env.reader_check()
-        return result
 
     def _write(
         self,
@@ -246,52 +280,61 @@ class LmdbIndex(Index):
         version = txn.id()
         order = txn.cursor(env.order)
         was_empty = _count(txn, env.order) == 0
-        old = {} if was_empty else self._old(txn, order, names)
-        seqs = {name: record[1] for name, record in old.items()}  # those that stay where they are, below
-
-        for name in deletes:
-            if name in old:
-                txn.delete(name, db=env.index)
-                txn.delete(_place(seqs[name]), db=env.order)
+        seqs, noted = ({}, {}) if was_empty else self._old(txn, order, names)
+        deleted = [name for name in deletes if name in seqs]
+        changed = [(put[0], put[4]) for put in puts] if len(puts) < MANY else []
+        for name in deleted:
+            txn.delete(name, db=env.index)
+            place = txn.pop(_place(seqs[name]), db=env.order)
+            changed.append((name, b"" if place is None else place[2 + len(name) : -8]))
         moved = [put for put in puts if put[5] and put[0] in seqs] if seqs else []
         for put in moved:
             txn.delete(_place(seqs.pop(put[0])), db=env.order)
         newcomers = [put for put in puts if put[0] not in seqs] if seqs else list(puts)
         if newcomers:
             self._give_places(order, newcomers, seqs)
-        records = []
-        digest, pack = _digest, _pack
-        for name, _, kind, body, _, _ in batch:  # sorted: neighbours share pages
-            data = pack(version, seqs[name], kind) + body
-            records.append((name, data + digest(name + data)))
-        if records:
+        pack, digest = _pack, _digest
+        if batch:
+            records = (  # made one by one while LMDB takes them: a list would cost more than the work itself
+                (name, (data := pack(version, seqs[name], kind) + body) + digest(name + data))
+                for name, _, kind, body, _, _ in batch
+            )
             _, added = txn.cursor(env.index).putmulti(records, append=was_empty)
-            if added != len(records):
+            if added != len(batch):
                 raise damaged(self._folder, "there are records without a place in the order")
 
-        wrote = bool(records or meta or old.keys() & deletes)
+        if batch or deleted:
+            _log.remember(txn, env.changed, version, len(puts) + len(deleted), changed)
+
+        wrote = bool(batch or meta or deleted)
         if notes is not None:
-            left = notes({name: record for name, record in old.items() if record[2]})
-            wrote = _add(txn, env.pending, left) or wrote
+            wrote = _add(txn, env.pending, notes(noted)) or wrote
         for name, setting in meta.items():
             txn.put(name, setting + _digest(name + setting), db=env.meta)
         return Commit(version if wrote else version - 1, version - 1), wrote
 
-    def _old(self, txn: Any, order: Any, names: list[bytes]) -> dict[bytes, Record]:
-        """The records that are there already. A damaged one does not keep its key from being written or deleted."""
-        old: dict[bytes, Record] = {}
+    def _old(self, txn: Any, order: Any, names: list[bytes]) -> tuple[dict[bytes, int], dict[bytes, Record]]:
+        """The places of those that are there already, and the records of theirs that notes are about.
+
+        A damaged record does not keep its key from being written or deleted.
+        """
+        seqs: dict[bytes, int] = {}
+        noted: dict[bytes, Record] = {}
         lost = set()
+        digest, unpack = _digest, _unpack
         for name, data in txn.cursor(self._env.index).getmulti(names):
-            if _digest(name + data[:-8]) == data[-8:]:
-                old[name] = _new(Record, (*_unpack(data), data[_HEAD_SIZE:-8]))
+            if digest(name + data[:-8]) == data[-8:]:
+                version, seqs[name], kind = unpack(data)
+                if kind:
+                    noted[name] = Record(version, seqs[name], kind, data[_HEAD_SIZE:-8])
             else:
                 lost.add(name)
         if lost and order.first():  # their places stand in the order only
             for place, data in order.iternext():
                 name = data[2 : 2 + data[0] + (data[1] << 8)]
                 if name in lost:
-                    old[name] = Record(0, int.from_bytes(place, "big"), 0, b"")
-        return old
+                    seqs[name] = int.from_bytes(place, "big")
+        return seqs, noted
 
     def _give_places(self, order: Any, newcomers: list[Put], seqs: dict[bytes, int]) -> None:
         """Enter new keys into the order, behind its end where their own places are taken."""
@@ -309,14 +352,14 @@ class LmdbIndex(Index):
                     seq = places[number] = max(free, seq)
                 taken.add(seq)
                 free = max(free, seq + 1)
-        items = []
-        digest, pack = _digest, _LENGTH.pack
-        for (name, _, _, _, typed, _), seq, place in zip(newcomers, places, map(_place, places), strict=True):
-            seqs[name] = seq
-            data = pack(len(name)) + name + typed
-            items.append((place, data + digest(place + data)))
+        seqs.update(zip([put[0] for put in newcomers], places, strict=True))
+        pack, digest = _LENGTH.pack, _digest
+        items = (
+            (place, (data := pack(len(name)) + name + typed) + digest(place + data))
+            for (name, _, _, _, typed, _), place in zip(newcomers, map(_place, places), strict=True)
+        )
         _, added = order.putmulti(items, overwrite=False, append=appends)
-        if added != len(items):
+        if added != len(newcomers):
             raise damaged(self._folder, "two keys have one place in the order")
 
     def settle(
@@ -355,7 +398,7 @@ class LmdbIndex(Index):
 
     def busy(self) -> bool:
         """Whether this thread is in the middle of a transaction (for finalizers, which run anywhere)."""
-        return get_ident() in _inside
+        return get_ident() in _inside or self._env.is_held()
 
     def close(self) -> None:
         """Let go of everything; a second call does nothing."""
@@ -383,45 +426,3 @@ class LmdbIndex(Index):
 class _Closed:
     def __getattr__(self, name: str) -> NoReturn:
         raise ClosedError("the index is closed")
-
-
-_place = struct.Struct(">Q").pack  # of a number, as a key that sorts as it does
-
-
-def _last(order: Any) -> int:
-    return int.from_bytes(order.key(), "big") if order.last() else 0
-
-
-def _version(txn: Any) -> int:
-    version: int = txn.id()
-    return version
-
-
-def _count(txn: Any, db: Any) -> int:
-    count: int = txn.stat(db)["entries"]
-    return count
-
-
-def _seek(cursor: Any, after: int | None, reverse: bool) -> bool:
-    """Whether the cursor stands on the first item beyond ``after``."""
-    if after is None:
-        return bool(cursor.last() if reverse else cursor.first())
-    if reverse:
-        if after <= 0:
-            return False
-        found = after < 2**64 and cursor.set_range(_place(after))
-        return bool(cursor.prev() if found else cursor.last())
-    if after >= 2**64 - 1:
-        return False
-    return bool(cursor.set_range(_place(max(0, after + 1))))
-
-
-def _add(txn: Any, pending: Any, notes: Iterable[bytes]) -> bool:
-    cursor = txn.cursor(pending)
-    last = _last(cursor)
-    added = False
-    for number, note in enumerate(notes, last + 1):
-        key = _place(number)
-        cursor.put(key, note + _digest(key + note), append=True)
-        added = True
-    return added
