@@ -181,13 +181,17 @@ def replay(seed: int, writer: int, generations: int, *, in_place: bool) -> State
 
 
 class Run(NamedTuple):
-    """One life of a writing process, and the log that it left. ``spills``: its memory was too small for its values."""
+    """One life of a writing process, and the log that it left.
+
+    ``spills``: its memory was too small for its values. ``atomic``: each generation was a transaction.
+    """
 
     seed: int
     writers: range
     in_place: bool
     spills: bool
     log: str
+    atomic: bool = False
 
 
 class Progress(NamedTuple):
@@ -239,21 +243,24 @@ def _check_file(chest: Chest[Any, Any], name: Any) -> None:
         raise Wrong(f"the file of {name!r:.60} has not got its own name: {file}")
 
 
-def _possible(seed: int, writer: int, done: Progress, *, in_place: bool) -> Iterator[State]:
-    """The states that a writer went through since the last acknowledged flush."""
-    state = replay(seed, writer, done.acknowledged, in_place=in_place)
+def _possible(run: Run, writer: int, done: Progress) -> Iterator[State]:
+    """The states that a writer went through since the last acknowledged flush, as others may see them."""
+    state = replay(run.seed, writer, done.acknowledged, in_place=run.in_place)
     yield dict(state)
     for generation in range(done.acknowledged, done.begun):
-        for step in steps(seed, writer, generation, in_place=in_place):
+        for step in steps(run.seed, writer, generation, in_place=run.in_place):
             apply(state, step)
-            yield dict(state)
+            if not run.atomic:
+                yield dict(state)
+        yield dict(state)
 
 
 def check(chest: Chest[Any, Any], runs: Iterable[Run]) -> None:
     """The chest holds what its writers' logs say it must.
 
-    Without spills the state of each writer must be one that he went through as a whole: a prefix of his steps, no
-    hole. A spill writes what leaves memory and not what stays, so with spills that holds for each key by itself.
+    Without spills, and with transactions, the state of each writer must be one that he went through as a whole: a prefix
+    of his steps, no hole. A spill writes what leaves memory and not what stays, so with spills that holds for each key by
+    itself.
     """
     n_keys = 0
     for run in runs:
@@ -266,8 +273,8 @@ def check(chest: Chest[Any, Any], runs: Iterable[Run]) -> None:
 
 def _check_writer(run: Run, writer: int, actual: State) -> None:
     done = progress(run.log, writer)
-    possible = list(_possible(run.seed, writer, done, in_place=run.in_place))
-    if not run.spills:
+    possible = list(_possible(run, writer, done))
+    if run.atomic or not run.spills:
         if actual not in possible:
             raise Wrong(f"writer {writer}, {done}: found {actual}, which was never the state since {possible[0]}")
         return

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
+from counts import count
 from limits import Disk, held
 
 from chest import Chest
@@ -114,6 +115,7 @@ def test_a_full_disk_loses_nothing_and_work_goes_on(
     with _opened(disk.path / "chest", 500_000 if how == "spill" else 10**9) as chest:
         _case(disk, chest, what, how, room, seed=case)
     assert not held(disk.path)
+    count("full disks, and work that goes on", 1, 1)
 
 
 def _case(disk: Disk, chest: Chest[Any, Any], what: str, how: str, room: str, seed: int) -> None:

@@ -24,6 +24,7 @@ import mutator
 import numpy as np
 import oracle
 import pytest
+from counts import count
 
 from chest import Chest
 from chest.errors import ChestError
@@ -139,6 +140,7 @@ def test_damage_gives_a_typed_error_or_the_right_value(
     seen = Counter(name for outcome in outcomes for name in outcome.counts)
     assert seen["right"] > len(outcomes) // 3  # damage to one value leaves the others alone
     assert any("Corrupt" in name for name in seen)
+    count("damaged files and records: a typed error or the right value", len(outcomes), len(outcomes))
 
 
 def test_damage_to_the_pages_of_the_index_never_gives_a_wrong_value(arena: Arena, scale: Callable[[int, int], int]) -> None:
@@ -152,6 +154,7 @@ def test_damage_to_the_pages_of_the_index_never_gives_a_wrong_value(arena: Arena
     untyped = [(o.what, o.matching("UNTYPED")) for o in outcomes if o.matching("UNTYPED")]
     untyped = [(what, names) for what, names in untyped if any("KeyError" not in name for name in names)]
     assert not untyped, "\n".join(f"{what} -> {names}" for what, names in untyped[:9]) + f"\n{counts}"
+    count("damage inside of LMDB's pages: no wrong value", n, n)
 
 
 def test_the_mutator_sees_a_wrong_value(arena: Arena) -> None:

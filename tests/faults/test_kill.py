@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import oracle
 import pytest
+from counts import count
 from oracle import Run, Wrong
 
 from chest import Chest
@@ -29,52 +31,88 @@ pytestmark = pytest.mark.torture
 
 HERE = Path(__file__).parent
 LIVES = 5  # of a folder
+FULL = os.environ.get("CHEST_TORTURE", "") not in ("", "0")
 
 
-def live_and_die(path: Path, rng: random.Random, first: int, *, ack_early: bool = False) -> Run:
-    """Let a process write to a folder, and kill it."""
+class Plan(NamedTuple):
+    """What one writing process is told."""
+
+    seed: int
+    first: int  # number of its first writer
+    writers: int  # threads, each with keys of its own
+    memory: int
+    in_place: int
+    ack_early: int
+    atomic: int
+
+
+def draw(rng: random.Random, first: int, **given: int) -> Plan:
     writers = rng.choice([1, 1, 3])
-    memory = 10**9 if ack_early else rng.choice([10**9, 10**9, 600_000, 0])
-    in_place = writers == 1
-    seed = rng.randrange(1 << 30)
-    numbers = (seed, first, writers, memory, int(in_place), int(ack_early))
-    process = subprocess.Popen(
-        [sys.executable, "writer.py", str(path), *map(str, numbers)],
-        cwd=HERE,
-        env=oracle.environment(),
-        stdout=subprocess.PIPE,
-        bufsize=0,
-    )
-    assert process.stdout is not None
-    with process, process.stdout as pipe:
-        log = b""
+    memory = rng.choice([10**9, 10**9, 600_000, 0])
+    in_place = int(writers == 1)
+    plan = Plan(rng.randrange(1 << 30), first, writers, memory, in_place, 0, rng.choice([0, 0, 1]))
+    return plan._replace(**given)
+
+
+def live_and_die(path: Path, rng: random.Random, plans: Sequence[Plan]) -> list[Run]:
+    """Let processes write to a folder, and kill them, all at once."""
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(_writer(path, plan)) for plan in plans]
+        pipes = [process.stdout.fileno() for process in processes if process.stdout is not None]
+        logs = dict.fromkeys(pipes, b"")
         lines = rng.randrange(1, 80)
-        while log.count(b"\n") < lines:
-            part = os.read(pipe.fileno(), 65536)
-            assert part, f"the writer ended by itself: {log[-500:]!r}"
-            log += part
+        while max(log.count(b"\n") for log in logs.values()) < lines:
+            for pipe in select.select(pipes, [], [])[0]:
+                part = os.read(pipe, 65536)
+                assert part, f"a writer ended by itself: {logs[pipe][-500:]!r}"
+                logs[pipe] += part
         until = time.perf_counter_ns() + rng.randrange(600_000)
         while time.perf_counter_ns() < until:
             pass
-        process.kill()
-        while part := os.read(pipe.fileno(), 65536):
-            log += part
-        assert process.wait() == -signal.SIGKILL, log[-500:]
-    return Run(seed, range(first, first + writers), in_place, memory < 10**9, log.decode())
+        for process in processes:
+            process.kill()
+        for process, pipe in zip(processes, pipes, strict=True):
+            while part := os.read(pipe, 65536):
+                logs[pipe] += part
+            assert process.wait() == -signal.SIGKILL, logs[pipe][-500:]
+    return [
+        Run(p.seed, range(p.first, p.first + p.writers), bool(p.in_place), p.memory < 10**9, log.decode(), bool(p.atomic))
+        for p, log in zip(plans, logs.values(), strict=True)
+    ]
 
 
-@pytest.mark.parametrize("folder", range(5))
-def test_whatever_was_acknowledged_survives_kill_9(tmp_path: Path, folder: int, scale: Callable[[int, int], int]) -> None:
+@contextlib.contextmanager
+def _writer(path: Path, plan: Plan) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "writer.py", str(path), *map(str, plan)]
+    process = subprocess.Popen(command, cwd=HERE, env=oracle.environment(), stdout=subprocess.PIPE, bufsize=0)
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+PROCESSES_AND_FOLDERS = [(1, folder) for folder in range(5)] + [
+    (n, folder) for n in (3, 8) for folder in range(5 if FULL else 1)
+]
+
+
+@pytest.mark.parametrize(("n_processes", "folder"), PROCESSES_AND_FOLDERS)
+def test_whatever_was_acknowledged_survives_kill_9(
+    tmp_path: Path, folder: int, n_processes: int, scale: Callable[[int, int], int]
+) -> None:
     for number in range(folder, scale(5, 20), 5):
-        rng = random.Random(number)
+        rng = random.Random(f"{number} {n_processes}")
         path = tmp_path / str(number)
         runs: list[Run] = []
         for life in range(LIVES):
-            runs.append(live_and_die(path, rng, life * 10))
+            runs += live_and_die(path, rng, [draw(rng, life * 100 + i * 10) for i in range(n_processes)])
             try:
                 oracle.check_folder(path, runs)
             except Exception as error:
-                raise AssertionError(f"folder {number}, life {life}: {runs[-1]._replace(log=runs[-1].log[-200:])}") from error
+                last = [run._replace(log=run.log[-200:]) for run in runs[-n_processes:]]
+                raise AssertionError(f"folder {number}, life {life}: {last}") from error
+            count(f"kill -9 of {n_processes} writing process{'es' if n_processes > 1 else ''}", 1, 1)
         shutil.rmtree(path)
 
 
@@ -117,28 +155,32 @@ def test_a_second_kill_while_the_first_is_recovered_from_does_no_harm(
 ) -> None:
     rng = random.Random(folder + 1000)
     path = tmp_path / "chest"
-    run = live_and_die(path, rng, 0)
+    runs = live_and_die(path, rng, [draw(rng, 0)])
     _leave_work_behind(path)
     whole = shutil.copytree(path, tmp_path / "copy", symlinks=True)
     done = _opens_and_dies(whole, 0)
     assert done.returncode == 0, done.stderr
     n_lines = int(done.stdout)
+    n_kills = 0
     for at_line in sorted(rng.sample(range(1, n_lines), scale(6, 60))):
         # The same folder over and over: what one open has half repaired, the next goes on with.
         done = _opens_and_dies(path, at_line)
         assert done.returncode in (-signal.SIGKILL, 0), done.stderr  # 0: less was left to be done than at first
+        n_kills += done.returncode != 0
     with Chest[Any, Any](path=path) as chest:
         oracle.check_tidy(chest)
         for n in range(5):
             assert oracle.same(chest.pop(("kept", n)), np.arange(20_000) + n)
-    oracle.check_folder(path, [run])
+    oracle.check_folder(path, runs)
+    count("kill -9 while a crash is recovered from", n_kills, n_kills)
 
 
 def test_a_kill_while_a_chest_is_created_leaves_a_folder_that_opens(tmp_path: Path, scale: Callable[[int, int], int]) -> None:
     done = _opens_and_dies(tmp_path / "whole", 0)
     assert done.returncode == 0, done.stderr
     n_lines = int(done.stdout)
-    for at_line in random.Random(1).sample(range(1, n_lines + 1), min(n_lines, scale(12, 150))):
+    chosen = random.Random(1).sample(range(1, n_lines + 1), min(n_lines, scale(12, 150)))
+    for at_line in chosen:
         path = tmp_path / str(at_line)
         assert _opens_and_dies(path, at_line).returncode == -signal.SIGKILL
         with Chest[Any, Any](path=path) as chest:
@@ -147,6 +189,7 @@ def test_a_kill_while_a_chest_is_created_leaves_a_folder_that_opens(tmp_path: Pa
         with Chest[Any, Any](path=path) as chest:
             assert chest == {"a": [1]}
             oracle.check_tidy(chest)
+    count("kill -9 while a chest is created", len(chosen), len(chosen))
 
 
 def _leave_work_behind(path: Path) -> None:
@@ -253,16 +296,30 @@ def test_the_oracle_sees_what_is_left_lying_about(acknowledged: tuple[Path, Run]
             oracle.check_tidy(chest)
 
 
-def test_the_oracle_catches_a_writer_that_acknowledges_before_it_flushes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("atomic", [0, 1], ids=["flushes", "transactions"])
+def test_the_oracle_catches_a_writer_that_acknowledges_before_it_is_committed(tmp_path: Path, atomic: int) -> None:
     rng = random.Random(4)
     for number in range(20):
         path = tmp_path / str(number)
-        run = live_and_die(path, rng, 0, ack_early=True)
+        plan = draw(rng, 0, ack_early=1, atomic=atomic, memory=10**9)
+        runs = live_and_die(path, rng, [plan])
         with contextlib.suppress(Wrong):
-            oracle.check_folder(path, [run])
+            oracle.check_folder(path, runs)
             continue
+        count(f"a writer that acknowledges before its {'transaction ends' if atomic else 'flush'}", 1, 0, control=True)
         return
     pytest.fail("twenty liars were believed")
+
+
+def test_the_oracle_sees_half_a_transaction(acknowledged: tuple[Path, Run]) -> None:
+    path, run = acknowledged
+    tags = [step.tag for step in oracle.steps(run.seed, 0, N_GENERATIONS, in_place=False) if step.kind == "set"]
+    with Chest[Any, Any](path=path) as chest:
+        chest[oracle.key(0, tags[0].key)] = oracle.value(tags[0])
+    begun = run._replace(log=run.log + f"begin 0 {N_GENERATIONS}\n")
+    oracle.check_folder(path, [begun])
+    with pytest.raises(Wrong, match="never the state"):
+        oracle.check_folder(path, [begun._replace(atomic=True)])
 
 
 def test_values_derive_from_their_tags_alone() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import oracle
 import pytest
+from counts import count
 from limits import MemoryLimit
 
 pytestmark = [pytest.mark.torture, pytest.mark.slow]
@@ -27,6 +28,8 @@ COMMON = """
 import json, sys
 from itertools import chain
 import numpy as np
+from counts import count
+
 from chest import Chest
 from chest.core import nbytes
 
@@ -146,9 +149,11 @@ def test_more_than_fits_into_memory_is_kept_right_and_within_the_promise(
     assert found["counted"] <= AVAILABLE
     assert found["peak"] <= AVAILABLE + SLACK
     assert found["spills"] > 0
+    count("more than fits into memory, under a limit of the kernel", 1, 1)
 
 
 def test_a_plain_dict_dies_under_the_same_limit(tmp_path: Path, memory_limit: MemoryLimit) -> None:
     done = _run(DICT, memory_limit, "arrays", tmp_path, 300 << 20)
     assert done.returncode != 0
     assert "survived" not in done.stdout
+    count("a dict under the same limit", 1, 0, control=True)

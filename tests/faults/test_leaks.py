@@ -15,6 +15,7 @@ import lmdb
 import numpy as np
 import oracle
 import pytest
+from counts import count
 
 from chest import Chest
 
@@ -115,6 +116,7 @@ def test_many_lives_of_a_chest_leave_nothing_behind(
         assert _n_readers(path) == 0
         with Chest(path=path) as chest:
             oracle.check_tidy(chest)
+    count("lives of a chest that leave nothing behind", scale(180, 5000), scale(180, 5000))
 
 
 @needs_proc

@@ -1,13 +1,14 @@
 """A process that writes to a chest until it is killed, and logs what it begins and what it may rely on.
 
-    python writer.py PATH SEED FIRST_WRITER WRITERS MEMORY IN_PLACE ACK_EARLY
+    python writer.py PATH SEED FIRST_WRITER WRITERS MEMORY IN_PLACE ACK_EARLY [ATOMIC]
 
 Each of the ``WRITERS`` threads has keys of its own. ``ACK_EARLY`` acknowledges before the flush: a liar, to try the
-oracle on.
+oracle on. ``ATOMIC``: each generation is a transaction.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sys
@@ -22,9 +23,9 @@ from chest import Chest
 class Session:
     """A chest, and what its writers share."""
 
-    def __init__(self, path: str, seed: int, memory: int, in_place: bool, ack_early: bool) -> None:
+    def __init__(self, path: str, seed: int, memory: int, in_place: bool, ack_early: bool, atomic: bool) -> None:
         self.path, self.seed, self.memory = path, seed, memory
-        self.in_place, self.ack_early = in_place, ack_early
+        self.in_place, self.ack_early, self.atomic = in_place, ack_early, atomic
         self.chest: Chest[Any, Any] = Chest(path=path, available_memory=memory)
 
     def log(self, text: str) -> None:
@@ -44,14 +45,17 @@ class Session:
         state: oracle.State = {}
         for generation in range(1_000_000):
             self.log(f"begin {writer} {generation}")
-            for step in oracle.steps(self.seed, writer, generation, in_place=self.in_place):
-                before = state.get(step.tag.key)
-                if oracle.apply(state, step):
-                    self.do(step, before)
-            rng = random.Random(f"{self.seed}/{writer}/{generation}/save")
-            if self.ack_early:
-                self.log(f"ack {writer} {generation}")
-            self.save(rng, alone)
+            with self.chest.transaction() if self.atomic else contextlib.nullcontext():
+                for step in oracle.steps(self.seed, writer, generation, in_place=self.in_place):
+                    before = state.get(step.tag.key)
+                    if oracle.apply(state, step):
+                        self.do(step, before)
+                if self.atomic and self.ack_early:
+                    self.log(f"ack {writer} {generation}")
+            if not self.atomic:
+                if self.ack_early:
+                    self.log(f"ack {writer} {generation}")
+                self.save(random.Random(f"{self.seed}/{writer}/{generation}/save"), alone)
             if not self.ack_early:
                 self.log(f"ack {writer} {generation}")
 
@@ -70,8 +74,8 @@ class Session:
 
 
 def main(path: str, *numbers: str) -> None:
-    seed, first, writers, memory, in_place, ack_early = map(int, numbers)
-    session = Session(path, seed, memory, bool(in_place), bool(ack_early))
+    seed, first, writers, memory, in_place, ack_early, atomic = map(int, (*numbers, "0")[:7])
+    session = Session(path, seed, memory, bool(in_place), bool(ack_early), bool(atomic))
 
     def run(writer: int) -> None:
         try:

@@ -1,0 +1,333 @@
+"""What fuzzers aim at: the readers of value files, of records, of references and notes, and of names.
+
+Each target takes any bytes, and raises if chest does what it must not: another error than a documented one, or a value
+without one that is not what was written. Nothing is ever unpickled, for arbitrary pickles run arbitrary code: the
+unpickler is replaced by one that only looks at what has come through to it.
+
+As a script, with the package atheris, a run that is guided by coverage:
+
+    python fuzz.py TARGET [option of libFuzzer, or folder with inputs] ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import struct
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from pickle import PickleBuffer
+from typing import Any
+from unittest import mock
+
+from xxhash import xxh3_64_digest, xxh3_64_intdigest
+
+if __name__ == "__main__":
+    atheris: Any = importlib.import_module("atheris")  # which few have installed
+    with atheris.instrument_imports(include=["chest"]):
+        import chest  # noqa: F401
+
+from chest import _keys, _pickled
+from chest._records import Ref, pack_note, unpack_note
+from chest.abc import Put, Record
+from chest.engines._lmdb import LmdbIndex
+from chest.errors import CorruptError, LoadError
+
+Target = Callable[[bytes], None]
+
+
+# --- mutations, written as bytes so that every fuzzer can make them up
+
+
+def mutate(seed: bytes, program: bytes) -> bytes:
+    """The seed after the steps of a program: a byte for the kind of each, two for the place, one to work with."""
+    data = bytearray(seed)
+    for kind, low, high, n in struct.iter_unpack("BBbB", program[: len(program) // 4 * 4]):
+        at = high << 8 | low  # negative: from the end, where the footer is
+        at = max(0, len(data) + at) if at < 0 else at % (len(data) + 1)
+        match kind % 9:
+            case 0:
+                data[at : at + 1] = bytes(byte ^ 1 << n % 8 for byte in data[at : at + 1])
+            case 1:
+                data[at : at + 1] = bytes([n])
+            case 2:
+                number = [0, 1, 1 << 31, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, len(data)][n % 8]
+                data[at : at + 8] = number.to_bytes(8, "little")
+            case 3:
+                del data[at : at + n]
+            case 4:
+                data[at:at] = data[:n]
+            case 5:
+                del data[at:]
+            case 6:
+                data[at : at + n] = bytes(n)
+            case 7:
+                data[at:at] = bytes([n])
+            case _:
+                _seal(data)
+    return bytes(data)
+
+
+def _seal(data: bytearray) -> None:
+    """Give a value file the checksum that its footer should have: so that what lies behind this check is reached."""
+    if len(data) >= _TRAILER.size:
+        end = struct.unpack_from("<Q", data, len(data) - 40)[0]
+        data[-16:] = struct.pack("<Q8s", xxh3_64_intdigest(bytes(data[end:-16])), b"CHESTv1\n")
+
+
+# --- value files
+
+CHECKED = 100  # instead of a megabyte
+_TRAILER = struct.Struct("<QQQQQ8s")
+_ENTRY = struct.Struct("<QQQBB6x")
+
+
+def _file(*buffers: bytes | bytearray, note: bytes = b"") -> bytes:
+    """A value file with these buffers, be they smaller than a pickler makes them."""
+    file = io.BytesIO()
+    sink = _pickled._Sink(file)
+    sink.write(b"\x80\x05" + b"the pickle" * 3)
+    for number, buffer in enumerate(buffers):
+        sink.write(b"more %d" % number + _pickled._header(len(buffer), type(buffer) is bytes))
+        sink.write(PickleBuffer(buffer))
+    sink.write(b"its end.")
+    sink.close(note)
+    return file.getvalue()
+
+
+FILES = [
+    _file(note=b"\1\0k"),
+    _file(b"a" * 70, bytearray(b"b" * 90), note=b"of the caller"),
+    _file(bytearray(b"large " * 40), b"small", b""),
+    b"\x80\x04N.",
+]
+_through: list[tuple[list[bytes], list[bytes]]] = []  # what has come through to the unpickler
+
+
+def _look(parts: list[Any], buffers: Any) -> None:
+    _through.append(([bytes(part) for part in parts], [bytes(buffer) for buffer in buffers]))
+
+
+@contextlib.contextmanager
+def nothing_is_unpickled() -> Iterator[None]:
+    with mock.patch.multiple(_pickled, _unpickle=_look, CHECKED=CHECKED), mock.patch.object(_keys, "pickle", None):
+        yield
+
+
+def _load(data: bytes, *, verify: bool, digest: int | None) -> tuple[bytes, list[bytes]] | None:
+    """What reached the unpickler, None if the file was refused."""
+    _through.clear()
+    try:
+        _pickled.load(data, verify=verify, digest=digest)
+    except (CorruptError, LoadError, MemoryError):
+        assert not _through, "unpickled first, and refused after that"
+        return None
+    [(parts, buffers)] = _through
+    return b"".join(parts), buffers
+
+
+def _expected(number: int) -> tuple[int | None, tuple[bytes, list[bytes]]]:
+    with nothing_is_unpickled():
+        layout = _pickled.read_footer(FILES[number])
+        found = _load(FILES[number], verify=True, digest=None)
+    assert found is not None
+    return layout and layout.digest, found
+
+
+_EXPECTED = [_expected(number) for number in range(len(FILES))]
+
+
+def value_file(data: bytes) -> None:
+    """The first byte says how: a whole file follows, or a program that changes one of ours."""
+    if not data:
+        return
+    how, rest = data[0], data[1:]
+    number = how % len(FILES)
+    changed = mutate(FILES[number], rest) if how & 128 else rest
+    digest, (stream, buffers) = _EXPECTED[number]
+    for verify in (True, False):
+        if digest is not None and (found := _load(changed, verify=verify, digest=digest)):
+            assert found[0] == stream, "another pickle than was written"
+            assert len(found[1]) == len(buffers)
+            for one, other in zip(found[1], buffers, strict=True):
+                assert len(one) == len(other), "a buffer of another size"
+                assert one == other or (len(one) > CHECKED and not verify), "another buffer than was written"
+        if found := _load(changed, verify=verify, digest=None):
+            _check_sealed(changed, *found, verify)
+
+
+def _check_sealed(data: bytes, stream: bytes, buffers: list[bytes], verify: bool) -> None:
+    """A file that was accepted without knowing its checksum agrees with itself, worked out here once more."""
+    if data[-8:] != b"CHESTv1\n" or len(data) < _TRAILER.size:
+        assert data[:10] != b"\x80\x05C\x05chest0", "a file that has lost its footer"
+        assert (stream, buffers) == (data, [])
+        return
+    checksum, end, n, _, digest, _ = _TRAILER.unpack(data[-_TRAILER.size :])
+    assert xxh3_64_intdigest(data[end:-16]) == digest
+    covered, start = b"", 0
+    entries = list(_ENTRY.iter_unpack(data[end : end + n * _ENTRY.size]))
+    for (offset, length, expected, _, _), buffer in zip(entries, buffers, strict=True):
+        assert buffer == data[offset : offset + length]
+        assert xxh3_64_intdigest(buffer) == expected or (length > CHECKED and not verify)
+        covered += data[start:offset]
+        start = offset + length
+    assert xxh3_64_intdigest(covered + data[start:end]) == checksum
+
+
+# --- records of the index
+
+
+class Records:
+    """An index with a few records, and what its tables hold of them."""
+
+    def __init__(self, folder: str) -> None:
+        self.index = LmdbIndex.open(folder, sync=False, map_size=8 << 20)
+        puts = [Put(b"sword", 1, 0, b"a small value", b""), Put(b"h" + bytes(32), 2, 2, b"\1" * 30, b"a pickled key")]
+        self.index.commit(puts, notes=lambda _: [b"a note", b"another note"], meta={b"setting": b"on", b"other": b""})
+        env = self.index._env
+        self.tables = [env.index, env.order, env.pending, env.meta]
+        with env.begin() as txn:
+            self.pairs = [[(bytes(k), bytes(v)) for k, v in txn.cursor(db)] for db in self.tables]
+        self.expected = [self.read(table) for table in range(4)]
+
+    def read(self, table: int) -> list[Any]:
+        """All that a table says, each thing in every way, or the error."""
+        index = self.index
+        keys = [key for key, _ in self.pairs[table]]
+        if table == 0:
+            each: list[Any] = [_told(partial(index.get, key)) for key in keys]
+            many = [_told(partial(self._get_beside, key)) for key in keys]
+            assert each == many
+            return each
+        if table == 1:
+            ways: list[Callable[[], Any]] = [
+                lambda: index.page(0, 1)[0],
+                lambda: index.page(1, 1)[0],
+                lambda: (index.page(), index.page(reverse=True)),
+            ]
+            return [_told(way) for way in ways]
+        if table == 2:
+            return [_told(index.notes)]
+        return [_told(partial(index.meta, key)) for key in keys]
+
+    def _get_beside(self, key: bytes) -> Record | None:
+        return self.index.get_many([b"none", key])[1][1]
+
+    def put(self, table: int, pairs: list[tuple[bytes, bytes]]) -> None:
+        with self.index._env.begin(write=True) as txn:
+            for key, data in pairs:
+                txn.put(key, data, db=self.tables[table])
+
+    def __call__(self, data: bytes) -> None:
+        """Two bytes say which record is replaced and by what; a whole one follows, or a program that changes one of ours."""
+        if len(data) < 2:
+            return
+        table, (which, source) = data[0] % 4, (data[1] & 1, data[1] >> 1 & 1)
+        pairs = self.pairs[table]
+        key, old = pairs[which]
+        new = data[2:] if data[1] & 4 else mutate(pairs[source][1], data[2:])
+        if len(new) >= 8 and new != old and xxh3_64_digest(key + new[:-8]) == new[-8:]:
+            return  # forged, and not damaged
+        self.put(table, [(key, new)])
+        try:
+            found = self.read(table)
+        finally:
+            self.put(table, [(key, old)])
+        same = [one == other for one, other in zip(found, self.expected[table], strict=True)]
+        if new == old:
+            assert all(same), "the error of the one before"
+            return
+        damaged = [which, 2] if table == 1 else [0] if table == 2 else [which]
+        for number, told in enumerate(found):
+            assert told is CorruptError if number in damaged else same[number], f"{number}: {told}"
+
+
+def _told(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except CorruptError:
+        return CorruptError
+
+
+# --- references and notes
+
+
+REFERENCES = [
+    Ref(70_000, 1 << 63, "1-2-3-a", "_pair/word").pack(),
+    Ref(0, 0, "", "\udcff").pack(),
+    pack_note(b"sword", "1-2-3-a", "word"),
+    pack_note(b"h" + bytes(32), "", "_pair/word"),
+]
+
+
+def reference(data: bytes) -> None:
+    """What can be taken apart is what comes of putting it together, byte for byte."""
+    with contextlib.suppress(CorruptError):
+        assert Ref.unpack(data).pack() == data, "a reference of other bytes"
+    with contextlib.suppress(CorruptError):
+        assert pack_note(*unpack_note(data)) == data, "a note of other bytes"
+
+
+# --- names
+
+
+KEYS: list[Any] = [
+    *("word", "\udcff", b"bytes", 1, -(1 << 70), 0.5, 1 + 2j, None, ..., range(3, 9, 2)),
+    *((1, "a"), (1.5, ("b", None)), frozenset({1, "x", (2, b"y")}), ("a\0b", -5), ()),
+]
+NAMES = [name for name in map(_keys.name_of, KEYS) if name is not None]
+
+
+def name(data: bytes) -> None:
+    """A name is that of the key that it is decoded to, and of no other."""
+    data = data[:511]
+    if not data:
+        return
+    with contextlib.suppress(CorruptError, LoadError, MemoryError):
+        key = _keys.decode(data, b"")
+        assert _keys.name_of(key) == data, f"this is the name of another key, {key!r}"
+
+
+# --- all of them
+
+
+INPUTS: dict[str, list[bytes]] = {
+    # Each file in the place of each, and two programs.
+    "value_file": [
+        *(bytes([number]) + data for number in range(len(FILES)) for data in FILES),
+        *(b"\x81\0\0\0\1", b"\x82\0\xf0\xff\1"),
+    ],
+    "record": [bytes([table, way]) + bytes([1, 3, 0, 9]) for table in range(4) for way in range(4)],
+    "reference": REFERENCES,
+    "name": NAMES,
+}
+
+
+@contextlib.contextmanager
+def aimed_at(name_of_target: str) -> Iterator[Target]:
+    """A target, ready."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(nothing_is_unpickled())
+        if name_of_target != "record":
+            yield {"value_file": value_file, "reference": reference, "name": name}[name_of_target]
+            return
+        records = Records(stack.enter_context(tempfile.TemporaryDirectory(prefix="chest-fuzz-")))
+        stack.callback(records.index.close)
+        yield records
+
+
+def write_inputs(target: str, folder: Path) -> None:
+    """What a run begins with."""
+    folder.mkdir()
+    for number, data in enumerate(INPUTS[target]):
+        (folder / str(number)).write_bytes(data)
+
+
+if __name__ == "__main__":
+    with aimed_at(sys.argv[1]) as aimed:
+        atheris.Setup([sys.argv[0], *sys.argv[2:]], aimed)
+        atheris.Fuzz()
