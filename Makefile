@@ -37,11 +37,14 @@ test-one: .venv-$(VERSION)/.stamp-test
 	@echo "Python $(VERSION):"
 	.venv-$(VERSION)/bin/python -m pytest $(OTHERS_PYTEST) $(PYTEST_ARGS)
 
-torture: $(VENV)/.stamp-test  ## every crash, fault and larger-than-memory test in full (an hour or so; as root it does more)
-	CHEST_TORTURE=1 $(PY) -m pytest -m "torture or slow" --durations=20 $(PYTEST_ARGS)
+torture: $(VENV)/.stamp-test $(VENV)/.stamp-fuzz  ## every crash, fault and larger-than-memory test in full (an hour or so; as root it does more)
+	@rm -f build/counts.jsonl ; mkdir -p build
+	CHEST_TORTURE=1 CHEST_COUNTS=$(CURDIR)/build/counts.jsonl $(PY) -m pytest -m "torture or slow" --durations=20 $(PYTEST_ARGS)
+	$(PY) scripts/reliability.py build/counts.jsonl docs/reliability.md
 
 bench: $(VENV)/.stamp-bench  ## side by side with other libraries, and the eviction policy against its baselines
 	$(PY) bench/peers.py $(BENCH_ARGS)
+	$(PY) bench/processes.py $(BENCH_ARGS)
 	@if [ -e bench/eviction.py ] ; then echo "$(PY) bench/eviction.py" ; $(PY) bench/eviction.py ; fi
 
 clean:  ## remove environments, caches and results
