@@ -27,7 +27,7 @@ from ._keys import name_of
 from ._memory import Entry
 from ._records import Loaded
 from ._sizing import nbytes
-from ._spilling import Spiller
+from ._spilling import Spiller, size_of
 
 __all__ = ["Keeper"]
 
@@ -113,7 +113,7 @@ class Keeper(Spiller):
     def _admit(self, key: Any, loaded: Loaded, *, lent: bool) -> None:
         """A value from the store comes into the memory tier, and others leave for it."""
         tier = self._tier
-        size = nbytes(loaded.value)
+        size = size_of(loaded.value, loaded.baseline)
         if size <= tier.limit:
             if self._lent or tier.usage + size > tier.limit:
                 error = self._shrink(size)

@@ -272,7 +272,9 @@ def read_footer(data: memoryview | mmap | bytes) -> Layout | None:
     return Layout(size, stream, tuple(payloads), digest, bytes(view[table_end : table_end + n_note]))
 
 
-def load(data: memoryview | mmap | bytes, *, verify: bool = False, digest: int | None = None) -> tuple[Any, Layout | None]:
+def load(
+    data: memoryview | mmap | bytes, *, verify: bool = False, digest: int | None = None, payloads: bool = True
+) -> tuple[Any, Layout | None]:
     """The value, and the layout of its file (None for a pickle without footer, which is loaded as it is).
 
     Where ``data`` is writable, large buffers of the value are views on it, writable if they were; otherwise those that
@@ -284,6 +286,7 @@ def load(data: memoryview | mmap | bytes, *, verify: bool = False, digest: int |
         data: a whole file; best a mapping with ``ACCESS_COPY``, so that changes stay private.
         verify: check all payloads.
         digest: what the layout's ``digest`` must be.
+        payloads: False checks none of them: they may have been changed in the mapping.
 
     Raises:
         CorruptError: what is there is not what was written.
@@ -315,7 +318,7 @@ def load(data: memoryview | mmap | bytes, *, verify: bool = False, digest: int |
         if view[opcode:offset] != _header(length, read_only):
             raise CorruptError("the pickle and its footer disagree about the buffers")
         payload = view[offset : offset + length]
-        if (verify or length <= CHECKED) and xxh3_64_intdigest(payload) != checksum:
+        if payloads and (verify or length <= CHECKED) and xxh3_64_intdigest(payload) != checksum:
             raise CorruptError(f"the buffer of {length} bytes at {offset} fails its checksum")
         parts += (view[start:opcode], _NEXT_BUFFER)
         start = offset + length

@@ -180,7 +180,7 @@ class Reader:
             value = self.codec.loads(body)
         except Exception as error:
             raise self._unloadable(key, error) from error
-        return _loaded(Loaded, (value, record, None if _changes.is_immutable(value) else _hash(body)))
+        return _loaded(Loaded, (value, record, None if _changes.is_immutable(value) else body))
 
     def _read_blob(self, key: Hashable, ref: Ref, record: Record) -> Loaded:
         path = self.blobs.path(ref.blob, ref.label)
@@ -245,18 +245,19 @@ class Reader:
     def changed(self, key: Hashable, value: Any, version: int, baseline: Baseline) -> bool:
         """Whether a value differs from what its baseline says; True where that cannot be told.
 
-        Pickles are compared first with what is stored and, where they differ, with what *loading and pickling again* gives:
-        a loaded value may pickle to other bytes than it came from (interned text, an older protocol) without having changed.
+        A loaded value may pickle to other bytes than it came from (interned text, an older protocol) without having changed.
+        So where pickles differ, what *loading and pickling again* gives is compared. What it came from is at hand for that:
+        the store may hold a newer value by now, which a value that was only read must not be written over.
         """
         if baseline is None:
             return False
         try:
             if isinstance(baseline, FileBaseline):
                 return self._file_changed(key, value, version, baseline)
-            if _hash(self.codec.dumps(value)) == baseline:
-                return False
-            again = self._load_again(key, version)
-            return again is None or self.codec.digest(again.value) != self.codec.digest(value)
+            data = self.codec.dumps(value)
+            if isinstance(baseline, bytes):
+                return data != baseline and data != self.codec.dumps(self.codec.loads(baseline))
+            return _hash(data) != baseline and self.codec.digest(value) != baseline
         except Exception:
             return True  # the write that follows says what is wrong with it
 
@@ -271,13 +272,12 @@ class Reader:
         stream, buffers = _pickled.probe(value)
         layout = baseline.layout
         stored: memoryview | None = None
-        if stream != layout.stream or len(buffers) != len(layout.payloads):
-            again = self._load_again(key, version)
-            if again is None or not isinstance(again.baseline, FileBaseline):
-                return True
-            if _pickled.probe(again.value)[0] != stream or len(buffers) != len(layout.payloads):
-                return True
-            stored = again.baseline.view
+        if len(buffers) != len(layout.payloads):
+            return True
+        if stream != layout.stream and (
+            baseline.view is None or _pickled.probe(_pickled.load(baseline.view, payloads=False)[0])[0] != stream
+        ):
+            return True
         start = 0 if baseline.view is None else _changes.address_of(baseline.view)
         for (buffer, _), payload in zip(buffers, layout.payloads, strict=True):
             if len(buffer) != payload.length:

@@ -74,12 +74,13 @@ class FileBaseline(NamedTuple):
     view: memoryview | None
 
 
-Baseline = int | FileBaseline | None
-"""None: it cannot change. A number: the hash of its serialized bytes."""
+Baseline = bytes | int | FileBaseline | None
+"""What a value is compared with. None: it cannot change. Bytes: what it was loaded from. A number: the hash of its serialized
+bytes as it was, which it would be written as again."""
 
 
 class Loaded(NamedTuple):
-    """A value as it came from the store. ``baseline``: None (cannot change), a hash of its bytes, or a FileBaseline."""
+    """A value as it came from the store."""
 
     value: Any
     record: Record

@@ -15,6 +15,7 @@ from typing import Any
 
 from . import _changes
 from ._memory import Entry, MemoryTier
+from ._records import Baseline
 from ._sizing import nbytes
 from ._store import Store
 from .errors import ChestError, ClosedError, FailedError, SerializeError, WriteError, short
@@ -105,7 +106,7 @@ class Spiller:
     def _measure_again(self, entry: Entry) -> None:
         """A value that was in use may have grown."""
         if entry.baseline is not None or entry.dirty:
-            size = nbytes(entry.value)
+            size = size_of(entry.value, entry.baseline)
             if size != entry.size:
                 self._tier.resize(entry, size)
 
@@ -219,7 +220,7 @@ class Spiller:
         if not changed:
             return None
         for entry in changed:
-            entry.size = nbytes(entry.value)
+            entry.size = size_of(entry.value, entry.baseline)
             entry.hot = False
             self._tier.add(entry)
         if self._tier.usage <= self._tier.limit and not self._write_through:
@@ -301,6 +302,11 @@ class Spiller:
             if not entry.dirty:
                 self._leave(entry)
         self._poll(everything=True)
+
+
+def size_of(value: Any, baseline: Baseline) -> int:
+    """Bytes that a value takes in memory, with the pickle that it is compared with."""
+    return nbytes(value) + len(baseline) if type(baseline) is bytes else nbytes(value)
 
 
 def _summary(failed: dict[Any, ChestError], path: str) -> ChestError:
