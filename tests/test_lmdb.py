@@ -47,6 +47,20 @@ def index(keys: str) -> Iterator[LmdbIndex]:
     index.close()
 
 
+def test_room_is_kept_for_deletions_on_a_full_disk_and_made_again_by_the_next_opener(keys: str) -> None:
+    reserve = os.path.join(keys, "reserve")
+    for _ in range(2):
+        index = LmdbIndex.open(keys)
+        assert os.stat(reserve).st_blocks * 512 >= 256 << 10
+        assert index.give_way()
+        assert not os.path.exists(reserve)
+        assert not index.give_way()
+        index.close()
+    index = LmdbIndex.open(keys, sync=False)  # scratch
+    assert not os.path.exists(reserve)
+    index.close()
+
+
 def in_another_process(code: str, *args: str) -> str:
     source = "import sys\nfrom chest.abc import Put\nfrom chest.engines._lmdb import LmdbIndex\n" + code
     done = subprocess.run([sys.executable, "-c", source, *args], capture_output=True, text=True, timeout=60)

@@ -237,6 +237,10 @@ class Spiller:
         self._take_commits()
         if tombs and (written.error is None or written.commits):
             tombs.clear()
+        elif tombs:  # on a full disk some of them may have been committed all the same
+            are_stored = self._store.has_each(list(tombs.values()))
+            for key in [key for key, stored in zip(tombs, are_stored, strict=True) if not stored]:
+                del tombs[key]
         dirty, unsure, mark, epoch = self._dirty, self._unsure, self._tier.mark, self._epoch
         for version, done, baselines in written.commits:
             for entry, baseline in zip(done, baselines, strict=True):

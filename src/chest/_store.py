@@ -42,6 +42,8 @@ from .errors import ChestError, CorruptError, DiskFullError, FailedError, Serial
 
 __all__ = ["Store"]
 
+FEW = 16  # deletions that need no more room than an index keeps in reserve
+
 _Fill = Callable[[Iterator[Any], "_Batch", dict[Any, ChestError]], bool]
 _hash = xxhash.xxh3_64_intdigest
 
@@ -86,10 +88,22 @@ class Store(Reader):
         doomed = list(deletes)
         written = self._in_batches(items, self._serialize, doomed)
         if isinstance(written.error, DiskFullError) and doomed and not written.commits:
-            room = self._in_batches((), self._serialize, doomed)
-            if room.error is None:
+            if self._make_room(doomed):
                 return self._in_batches(items, self._serialize, [])
         return written
+
+    def _make_room(self, doomed: list[tuple[Any, bytes]]) -> bool:
+        """Delete a few at first, which takes a few pages, and then more and more: each commit frees some for the next."""
+        start, n = 0, len(doomed)
+        while start < len(doomed):
+            error = self._in_batches((), self._serialize, doomed[start : start + n]).error
+            if error is None:
+                start, n = start + n, 2 * n
+            elif not isinstance(error, DiskFullError) or not (n > FEW or self.index.give_way()):
+                return False
+            else:
+                n = FEW
+        return True
 
     def adopt(self, items: Sequence[Adopted]) -> Written:
         """Take over values of another store with the same serializer. Otherwise as ``write``."""

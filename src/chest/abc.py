@@ -163,6 +163,10 @@ class Index(ABC):
         """
         return self.version(), None
 
+    def give_way(self) -> bool:
+        """Give up what was kept for a full disk, so that something can be deleted; False where there is nothing (more)."""
+        return False
+
     def busy(self) -> bool:
         """Whether this thread is in the middle of a commit, so that another one would wait for ever (for finalizers)."""
         return False

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.random  # now: a module that a thread is importing while the process forks is locked in the child for ever
 import pytest
+from counts import count
 
 from chest import Chest
 from forking import DEADLINE_S, Forked, needs_fork
@@ -153,3 +154,4 @@ def test_forks_under_writing_threads(tmp_path: Path, kind: str, scale: Callable[
     chest.close()
     assert kind == "path" or not os.path.exists(chest.path)
     assert slowest < DEADLINE_S
+    count("forks under writing threads, a quarter of the children killed", n_forks, n_forks)

@@ -37,6 +37,7 @@ import lmdb
 from .. import _fs
 from ..errors import ChestError, DiskFullError, PathError
 from ._datafile import forget_stump, prepare_lock, refuse_damaged
+from . import _reserve
 from ._environment import FULL, Environment, code_of, damaged, identity_of
 from ._gate import GATE
 
@@ -86,6 +87,8 @@ class Environments:
                     _make_folder(folder)
                 prepare_lock(folder)
                 env = Environment(folder, sync=sync, map_size=map_size)
+                if sync:
+                    _reserve.keep(folder)
                 if is_new and sync:
                     _sync_folders(folder)
             except lmdb.Error as error:

@@ -27,7 +27,7 @@ from xxhash import xxh3_64_digest as _digest
 from .. import _fs
 from ..abc import Commit, Index, OrderItem, Put, Record
 from ..errors import ClosedError
-from . import _log
+from . import _log, _reserve
 from ._cursors import add as _add
 from ._cursors import count as _count
 from ._cursors import last as _last
@@ -395,6 +395,10 @@ class LmdbIndex(Index):
         return result
 
     # --- the rest
+
+    def give_way(self) -> bool:
+        """A few pages are free on a full disk; False if they were already."""
+        return self._sync and _reserve.give_up(self._folder)
 
     def busy(self) -> bool:
         """Whether this thread is in the middle of a transaction (for finalizers, which run anywhere)."""
