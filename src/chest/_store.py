@@ -87,9 +87,8 @@ class Store(Reader):
         """
         doomed = list(deletes)
         written = self._in_batches(items, self._serialize, doomed)
-        if isinstance(written.error, DiskFullError) and doomed and not written.commits:
-            if self._make_room(doomed):
-                return self._in_batches(items, self._serialize, [])
+        if isinstance(written.error, DiskFullError) and doomed and not written.commits and self._make_room(doomed):
+            return self._in_batches(items, self._serialize, [])
         return written
 
     def _make_room(self, doomed: list[tuple[Any, bytes]]) -> bool:

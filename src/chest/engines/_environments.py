@@ -36,8 +36,8 @@ import lmdb
 
 from .. import _fs
 from ..errors import ChestError, DiskFullError, PathError
-from ._datafile import forget_stump, prepare_lock, refuse_damaged
 from . import _reserve
+from ._datafile import forget_stump, prepare_lock, refuse_damaged
 from ._environment import FULL, Environment, code_of, damaged, identity_of
 from ._gate import GATE
 
