@@ -200,4 +200,5 @@ class Inside(Dictionary[K, V]):
         self._closed = True
         for place in (self._dirty, self._unsure, self._tombs, self._lent, self._pinned):
             place.clear()
-        self._tier.clear()
+        for key in list(self._entries):
+            self._tier.remove(key)

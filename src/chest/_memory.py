@@ -123,7 +123,8 @@ def _class(size: int, uses: int) -> int:
 
 def _end(klass: int) -> Entry:
     """The end of an empty circular list: its ``next`` is the head, its ``prev`` the tail."""
-    end = Entry(None, None, -1)
+    end = Entry.__new__(Entry)  # a tier needs 19 of them, and a transaction a tier
+    end.size = -1
     end.klass = klass
     end.prev = end.next = end
     return end
@@ -167,7 +168,7 @@ class MemoryTier:
         self.limit = limit
         self.on_second_chance: Callable[[Entry], object] | None = None
         self._round = 1
-        self.clear()
+        self._reset()
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -362,6 +363,10 @@ class MemoryTier:
 
     def clear(self) -> None:
         """Nothing is in memory; every entry is dead. O(n)."""
+        if self.entries:
+            self._reset()
+
+    def _reset(self) -> None:
         entries = list(self.entries.values())
         ends = [_end(i) for i in range(_STUCK + 1)]
         heads = [_NEVER] * (_FIRST + 1)
