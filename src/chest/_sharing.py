@@ -31,7 +31,7 @@ V = TypeVar("V")
 
 _log = logging.getLogger("chest")
 
-PAUSE_S = 0.002  # between two looks at whether a key is there: a five-hundredth of a core, and soon enough for people
+PAUSE_S = 0.002  # between two looks at whether a key is there: about a hundredth of a core
 _NEVER = memoryview(bytes([255] * 8)).cast("Q")  # a generation that equals no version
 
 
@@ -125,10 +125,13 @@ class Sharing(Dictionary[K, V]):
                     entry.version, entry.baseline = version, baseline
             for key in store.touched:
                 old = self._entries.get(key) or self._lent.get(key)
-                if old is not None and old.version < version and (not old.dirty or key in refused):
+                base, _ = inside._based.get(key, (None, None))
+                # What is unwritten was set by another thread meanwhile, and stays; but not what the transaction began with.
+                if old is not None and old.version < version and (not old.dirty or old is base or key in refused):
                     self._forget(old)
                     self._dirty.pop(key, None)
-            if self._store.index.version() == version:
+            newest = self._store.index.version() == version
+            if newest:
                 self._moved_to(-1 if refused or self._dirty or self._tombs else version - 1, version)
             else:
                 self._look()
@@ -136,6 +139,8 @@ class Sharing(Dictionary[K, V]):
             for entry in held.values():
                 if not self._takes(entry):
                     continue
+                entry.epoch = self._epoch if newest else -1  # -1: to be checked when it is next used
+                entry.hot = False
                 if id(entry) in in_memory and entry.size <= self._tier.limit:
                     self._tier.add(entry)
                 elif entry.baseline is not None:
@@ -161,8 +166,6 @@ class Sharing(Dictionary[K, V]):
             if old.dirty or entry.baseline is None or _changes.held(old.value) or not _changes.held(entry.value):
                 return False
             self._forget(old)
-        entry.epoch = self._epoch if self._seen == self._store.index.version() else -1  # -1: to be checked at the next use
-        entry.hot = False
         return True
 
     @contextlib.contextmanager
