@@ -308,15 +308,6 @@ def test_a_key_is_charged_alike_when_it_comes_and_when_it_leaves() -> None:
         tier.check()
 
 
-def test_a_value_larger_than_the_limit_is_not_admitted(tier: MemoryTier) -> None:
-    tier.limit = 1000
-    assert tier.admits(1000)
-    assert not tier.admits(1001)
-    tier.limit = 0
-    assert tier.admits(0)
-    assert not tier.admits(1)
-
-
 def test_empty_values_leave_too(tier: MemoryTier) -> None:
     fill(tier, {"empty": 0, "one": 1, "large": LARGE})
     assert evict(tier, -1) == ["large", "empty", "one"]

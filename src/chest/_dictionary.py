@@ -260,6 +260,4 @@ class Dictionary(Keeper, MutableMapping[K, V], Generic[K, V]):
                     items.append(Adopted(key, keeper._new_place(), record, other._store.path_of(record)))
                 written = keeper._store.adopt(items)
                 keeper._take_commits()
-                for error in [written.error, *written.failed.values()]:
-                    if error is not None:
-                        raise error
+                keeper._check(written)

@@ -179,9 +179,7 @@ class Inside(Dictionary[K, V]):
         if record is None or record.version != entry.version:
             return  # somebody else has written the key since
         written = self._inner_store.write_base(entry)
-        for error in [written.error, *written.failed.values()]:
-            if error is not None:
-                raise error
+        self._check(written)
         self._based[key] = entry, written.done[0][2]
 
     def finish(self) -> None:

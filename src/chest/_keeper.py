@@ -239,8 +239,7 @@ class Keeper(Spiller):
         while items := self._store.index.page(None, 10_000):
             written = self._store.write([], [(self._store.key(item), item.name) for item in items])
             self._take_commits()
-            if written.error is not None:
-                raise written.error
+            self._check(written)
 
     def _resolve(self) -> None:
         """Find out which dirty entries are stored: ``len`` and the order need it, setting does not."""

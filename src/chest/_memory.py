@@ -124,8 +124,7 @@ def _class(size: int, uses: int) -> int:
 def _end(klass: int) -> Entry:
     """The end of an empty circular list: its ``next`` is the head, its ``prev`` the tail."""
     end = Entry.__new__(Entry)  # a tier needs 19 of them, and a transaction a tier
-    end.size = -1
-    end.klass = klass
+    end.size, end.klass = -1, klass
     end.prev = end.next = end
     return end
 
@@ -175,10 +174,6 @@ class MemoryTier:
 
     def __del__(self) -> None:
         self.clear()
-
-    def admits(self, size: int) -> bool:
-        """Whether a value of this size may come in: one larger than the budget would only drive the others out."""
-        return size <= self.limit
 
     def add(self, entry: Entry) -> None:
         """The entry is in memory; one with the same key is dead, and has left it its ``f`` and its key object.

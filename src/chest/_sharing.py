@@ -22,7 +22,7 @@ from . import _changes, _keys
 from ._dictionary import Dictionary
 from ._inside import Inside
 from ._memory import Entry
-from .errors import ChestError
+from .errors import ChestError, FailedError
 
 __all__ = ["Sharing"]
 
@@ -80,9 +80,11 @@ class Sharing(Dictionary[K, V]):
                 finally:
                     self._transaction = None
             self._merge(inside, refused)
-        except BaseException:
+        except BaseException as error:
             if inside is not None:
                 self._undo(inside)
+            else:
+                self._remember(error)
             raise
         finally:
             with self.lock:
@@ -107,6 +109,8 @@ class Sharing(Dictionary[K, V]):
 
     def _undo(self, inside: Inside[K, V]) -> None:
         version, blobs = inside._seen, inside._inner_store.blobs
+        if inside._failed is not None:  # the disk did not fail the block alone
+            self._remember(inside._failed)
         inside.end()
         with contextlib.suppress(ChestError, OSError):  # what stays is removed when the folder is next opened
             if self._store.index.version() < version:  # else it may have been committed: an interrupt came too late
@@ -154,6 +158,9 @@ class Sharing(Dictionary[K, V]):
                 error: Exception | None = self._shrink()
             except (ChestError, OSError) as problem:  # all is committed; the rest waits for the next time
                 error = problem
+            if isinstance(error, FailedError):  # the block is committed; it is said when the chest is used or closed next
+                self._remember(error)
+                self._untold = True
             if error is not None:
                 _log.warning("chest at %s: %s", self._store.path, str(error))
 

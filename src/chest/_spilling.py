@@ -16,7 +16,7 @@ from typing import Any
 
 from . import _changes
 from ._memory import Entry, MemoryTier
-from ._records import Baseline
+from ._records import Baseline, Written
 from ._sizing import nbytes
 from ._store import Store
 from .errors import ChestError, ClosedError, FailedError, SerializeError, WriteError, short
@@ -56,6 +56,7 @@ class Spiller:
         self._owner = 0  # the thread that a keeper inside of a transaction belongs to
         self._closed = False
         self._failed: FailedError | None = None
+        self._untold = False  # nobody has heard of that yet
         self._hits = self._misses = self._spills = self._writes = 0
         self._on_miss: Callable[[Any], Any] | None = None
         self._on_overflow: Callable[[Any], Any] | None = None
@@ -72,6 +73,7 @@ class Spiller:
     def _writable(self) -> None:
         self._usable()
         if self._failed is not None:
+            self._untold = False
             raise FailedError(self._failed.message, path=self._failed.path) from self._failed
 
     def _look(self) -> None:
@@ -268,6 +270,18 @@ class Spiller:
         if isinstance(written.error, FailedError):
             self._failed = written.error
         return written.error
+
+    def _check(self, written: Written) -> None:
+        """Raises why not all of it was written. A disk that has failed is remembered."""
+        for error in [written.error, *written.failed.values()]:
+            if error is not None:
+                self._remember(error)
+                raise error
+
+    def _remember(self, error: BaseException) -> None:
+        """A disk that has failed takes nothing more. Not the error itself, whose traceback would keep values alive."""
+        if isinstance(error, FailedError):
+            self._failed = FailedError(error.message, path=error.path)
 
     def _write_through_now(self, key: Any) -> None:
         """What has just happened to a key is committed."""

@@ -336,7 +336,8 @@ class Chest(Portable[K, V]):
             if self._closed:
                 return
             self._no_transaction("close")
-            if (not self._scratch or (self._shared and _scratch.is_shared(self.path))) and self._failed is None:
+            lasts = not self._scratch or (self._shared and _scratch.is_shared(self.path))
+            if lasts and (self._failed is None or self._untold):
                 self.sync()
             self._end()
         if self._scratch:

@@ -11,7 +11,9 @@ since a system call of the log's would be counted, and hit by faults, too.
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
+import itertools
 import json
 import mmap
 import os
@@ -33,25 +35,50 @@ from chest import Chest, _fs
 from chest.engines._lmdb import LmdbIndex
 from chest.errors import ChestError, FailedError
 
-# What a workload does in each generation: + sets, ~ changes in place, - deletes, ? reads the key of this number; then
-# how it is saved. Which values are files stands in the oracle: those of the keys 1, 3, 4, 8, 10 and 11.
+# What a workload does in each generation: + sets, ~ changes in place, - deletes, ? reads the key of this number; > updates
+# several, * edits, ^ pops, = sets and : reads a default; then how it is saved, or the block that it is (see ``_BLOCKS``).
+# Which values are files stands in the oracle: those of the keys 1, 3, 4, 8, 10 and 11.
 PLANS = {
     "small": ["+0 +2 +5 flush", "+6 +7 -2 ?0 sync", "+0 ~5 -6 +9 flush"],
     "large": ["+1 +3 flush", "+4 +8 ?1 sync", "~1 +10 -3 flush"],
     "churn": ["+0 +1 +2 +3 flush", "+1 -3 ~2 +4 reopen", "+3 -1 ?4 ~4 sync", "-0 +1 ?3 reopen", "+8 ?8 -2 -3 flush"],
+    "transact": [
+        *("+0 +1 +2 +5 +3 block", "~1 +6 -2 *5 ?3 +0 block", "+4 -1 ~5 ^0 +3 *6 undo", "+9 later"),
+        *("~6 ^3 =2 :5 +8 stubborn", ">1,2,7,12 alone", "through", "~2 +10 ^8 *1 >0,13 =11 block"),
+        *("*12 alone", "^10 +3 >5,9 ~1 undo", "~5 later", "~5 -7 +4 ?11 block", "^11 alone", "=8 alone", "reopen"),
+        *("-9 later", "+8 ^1 +3 ~4 undo", "~4 *8 ^0 +1 +10 -6 block"),
+    ],
 }
-SPILLS = {"churn"}
-_KINDS = {"+": "set", "~": "change", "-": "delete", "?": "read"}
+MEMORY = {"churn": 300_000, "transact": 20_000}  # of the others, everything stays in memory
+ATOMIC = ("transact",)  # plans whose generations happen as a whole: blocks, one call, or one step that is left unwritten
+_KINDS = {"+": "set", "~": "change", "-": "delete", "?": "read"} | {">": "set", "*": "change", "^": "delete"}
+_KINDS |= {"=": "set", ":": "read"}
+_BLOCKS = ("block", "undo", "stubborn")  # transactions: one that raises, and one that tries each step twice
 _DOCUMENTED = (ChestError, MemoryError)
 _ROOM = 1 << 20
 _fsync = os.fsync
 
 
+class _Undone(Exception):
+    """Raised in a block to undo it."""
+
+
+def _moves(plan: str, generation: int) -> list[tuple[str, list[Step]]]:
+    """What is done in a generation: calls, and the steps that each of them is."""
+    *tokens, _ = PLANS[plan][generation].split()
+    number = itertools.count()
+    return [
+        (token[0], [Step(_KINDS[token[0]], Tag(0, int(key), generation, next(number))) for key in token[1:].split(",")])
+        for token in tokens
+    ]
+
+
 def _steps(seed: int, writer: int, generation: int, *, in_place: bool) -> list[Step]:
-    """In place of the oracle's: ``seed`` is the number of the workload."""
-    plans = list(PLANS.values())[seed]
-    tokens = plans[generation].split()[:-1] if generation < len(plans) else []
-    return [Step(_KINDS[token[0]], Tag(writer, int(token[1:]), generation, n)) for n, token in enumerate(tokens)]
+    """In place of the oracle's: ``seed`` is the number of the workload. Nothing comes of what is undone."""
+    plan = list(PLANS)[seed]
+    if generation >= len(PLANS[plan]) or PLANS[plan][generation].endswith("undo"):
+        return []
+    return [step for _, steps in _moves(plan, generation) for step in steps]
 
 
 class Life:
@@ -59,19 +86,25 @@ class Life:
 
     def __init__(self, path: str, plan: str, log: Callable[[str], None], ack_early: bool) -> None:
         self.path, self.plan, self.log, self.ack_early = path, plan, log, ack_early
-        self.memory = 300_000 if plan in SPILLS else 10**9
         self.state: State = {}
         self.possible: list[State] = [self.state]  # what may be in the chest after a step that has failed
+        self.written: State = self.state  # what was acknowledged
+        self.generation = 0
         self.errors: list[str] = []  # documented ones, in order
         self.said_failed = False
         self.chest: Chest[Any, Any] | None = None
 
+    def open(self, **more: Any) -> None:
+        self.chest = None
+        self.chest = Chest(path=self.path, available_memory=MEMORY.get(self.plan, 10**9), **more)
+
     def run(self) -> dict[str, Any]:
         """What happened: the errors, and what the last flush that returned has certainly written."""
         try:
-            self.chest = Chest(path=self.path, available_memory=self.memory)
+            self.open()
             for generation in range(len(PLANS[self.plan])):
-                self._generation(generation)
+                self.begin(generation)
+            assert self.chest is not None
             self.chest.close()
             final: State | None = self.state
         except _DOCUMENTED as error:
@@ -83,50 +116,105 @@ class Life:
         self.errors.append(f"{type(error).__name__}: {error}")
         self.said_failed = self.said_failed or isinstance(error, FailedError)
 
-    def _generation(self, generation: int) -> None:
+    def begin(self, generation: int) -> None:
+        self.generation = generation
         self.log(f"begin 0 {generation}")
-        for step in _steps(list(PLANS).index(self.plan), 0, generation, in_place=True):
-            before, after = dict(self.state), dict(self.state)
-            if oracle.apply(after, step):
-                self.possible = [before, after]
-                self._step(step, before.get(step.tag.key))
+        self._go_on()
+
+    def _ack(self) -> None:
+        self.written = self.state
+        self.log(f"ack 0 {self.generation}")
+
+    def _how(self) -> str:
+        return PLANS[self.plan][self.generation].split()[-1]
+
+    def _go_on(self) -> None:
+        how = self._how()
+        assert self.chest is not None
+        if how in _BLOCKS:
+            self._block(how)
+        else:
+            for sign, steps in _moves(self.plan, self.generation):
+                after = dict(self.state)
+                todo = [step for step in steps if oracle.apply(after, step)]
+                self.possible = [self.state, after]
+                self._move(sign, todo, self.state)
                 self.state, self.possible = after, [after]
         if self.ack_early:
-            self.log(f"ack 0 {generation}")
-        assert self.chest is not None
-        how = PLANS[self.plan][generation].split()[-1]
-        if how == "reopen":
-            self.chest.close()
-            self.log(f"ack 0 {generation}")
-            self.chest = None
-            self.chest = Chest(path=self.path, available_memory=self.memory)
-        else:
+            self._ack()
+        if how in ("flush", "sync"):
             self.chest.flush() if how == "flush" else self.chest.sync()
-            self.log(f"ack 0 {generation}")
+        elif how in ("reopen", "through"):
+            self.chest.close()
+            self._ack()
+            self.open(write_through=how == "through")
+        if how != "later":
+            self._ack()
 
-    def _step(self, step: Step, before: Tag | None) -> None:
-        chest, key = self.chest, oracle.key(0, step.tag.key)
+    def _block(self, how: str) -> None:
+        """A transaction. Before its end it can only be undone; an error at its end may have come too late for that."""
+        assert self.chest is not None
+        after = dict(self.state)
+        self.possible = [self.state]
+        with contextlib.suppress(_Undone), self.chest.transaction():
+            for sign, steps in _moves(self.plan, self.generation):
+                before = dict(after)
+                todo = [step for step in steps if oracle.apply(after, step)]
+                try:
+                    self._move(sign, todo, before)
+                except _DOCUMENTED as error:
+                    if how != "stubborn":
+                        raise
+                    self._note(error)
+                    self._move(sign, todo, before)
+            if how == "undo":
+                raise _Undone
+            if self.ack_early:
+                self._ack()
+            self.possible = [self.state, after]
+        if how != "undo":
+            self.state = after
+        self.possible = [self.state]
+
+    def _move(self, sign: str, steps: list[Step], state: State) -> None:
+        chest = self.chest
         assert chest is not None
-        if step.kind == "set":
-            chest[key] = oracle.value(step.tag)
-        elif step.kind == "delete":
-            del chest[key]
-        else:
-            found = chest[key]
-            if oracle.whole(found, 0, step.tag.key) != before:
-                raise Wrong(f"{key!r:.60} is {oracle.tag_of(found)}, and was set to {before}")
-            if step.kind == "change":
-                oracle.change(found, step.tag)
+        if sign == ">":
+            chest.update({oracle.key(0, step.tag.key): oracle.value(step.tag) for step in steps})
+            return
+        for kind, tag in steps:
+            key, before = oracle.key(0, tag.key), state.get(tag.key)
+            if sign == "+":
+                chest[key] = oracle.value(tag)
+            elif sign == "=":
+                _is(chest.setdefault(key, oracle.value(tag)), tag.key, tag)
+            elif sign == "-":
+                del chest[key]
+            elif sign == "^":
+                _is(chest.pop(key), tag.key, before)
+            else:
+                with (
+                    chest.edit(key)
+                    if sign == "*"
+                    else contextlib.nullcontext(chest.setdefault(key) if sign == ":" else chest[key]) as found
+                ):
+                    _is(found, tag.key, before)
+                    if kind == "change":
+                        oracle.change(found, tag)
 
     # --- after an error
 
     def _aftermath(self) -> State | None:
-        """What a last flush has written, if there was one that returned."""
+        """What is certainly on the disk: by a last flush that returned, or because nothing can have come to it since."""
         chest = self.chest
         if chest is None:
             return None
         found = self._readable(chest)
-        final = None
+        if self._how() in (*_BLOCKS, "alone") and found == self.state and self.possible[0] is self.state:
+            with self._documented():
+                self._go_on()  # whoever was refused can try again
+            found = self._readable(chest)
+        final = self.written if self.possible == [self.written] else None
         with self._documented():
             chest.flush()
             final = found
@@ -161,25 +249,42 @@ class Life:
             else:
                 if found.get(number) not in [state.get(number) for state in self.possible]:
                     raise Wrong(f"{key!r:.60} is {found.get(number)}, and must be as in {self.possible}")
-        return None if n_errors else found
+        if n_errors:
+            return None
+        if self.plan in ATOMIC and found not in self.possible:
+            raise Wrong(f"found {found}, which is a part of a transaction, and must be one of {self.possible}")
+        return found
 
     def _must_refuse(self, chest: Chest[Any, Any]) -> None:
         """A failed chest says so whenever it is to write: when something is set, or else when it is to be saved."""
-        for number in range(2):
+        for number in range(4):
             try:
-                chest["further", number] = number
+                with chest.transaction() if number % 2 else contextlib.nullcontext():
+                    chest["further", number] = number
                 chest.sync()
             except FailedError:
                 continue
             raise Wrong("the chest had failed, and writes again")
 
 
+def _is(found: Any, number: int, tag: Tag | None) -> None:
+    if oracle.whole(found, 0, number) != tag:
+        raise Wrong(f"{oracle.key(0, number)!r:.60} is {oracle.tag_of(found)}, and was set to {tag}")
+
+
 # --- what a request asks for
 
 
 def _live(path: str, plan: str, log: Callable[[str], None], wrong: str = "") -> dict[str, Any]:
-    """``wrong`` is for controls, which must be caught: "acknowledges early" or "deaf", which hears of no failed sync."""
-    with mock.patch.object(os, "fsync", _deaf) if wrong == "deaf" else contextlib.nullcontext():
+    """``wrong`` is for controls, which must be caught.
+
+    "acknowledges early"; "deaf" hears of no failed sync; transactions "step by step" are none.
+    """
+    with contextlib.ExitStack() as stack:
+        if wrong == "deaf":
+            stack.enter_context(mock.patch.object(os, "fsync", _deaf))
+        if wrong == "step by step":
+            stack.enter_context(mock.patch.object(Chest, "transaction", _step_by_step))
         return Life(path, plan, log, wrong == "acknowledges early").run()
 
 
@@ -188,13 +293,30 @@ def _deaf(fd: int) -> None:
         _fsync(fd)
 
 
+@contextlib.contextmanager
+def _step_by_step(chest: Chest[Any, Any]) -> Iterator[None]:
+    """A transaction as one might write it: each step is committed as it is done, and put back if the user wants that."""
+    before = {key: copy.deepcopy(value) for key, value in chest.items()}
+    through, chest._write_through = chest._write_through, True
+    try:
+        yield
+    except _Undone:
+        chest.clear()
+        for key, value in before.items():
+            chest[key] = value
+        raise
+    finally:
+        chest._write_through = through
+    chest.sync()
+
+
 def _break_off(path: str, plan: str, log: Callable[[str], None]) -> dict[str, Any]:
     """Die between a commit and what it leaves to be done, in the middle of a read, with values half written."""
     life = Life(path, plan, log, False)
-    life.chest = Chest(path=path, available_memory=life.memory)
+    life.open()
     last = len(PLANS[plan]) - 1
     for generation in range(last):
-        life._generation(generation)
+        life.begin(generation)
     assert life.chest is not None
     index = life.chest._store.index
     for n in range(2):
@@ -204,7 +326,7 @@ def _break_off(path: str, plan: str, log: Callable[[str], None]) -> dict[str, An
     reading = index._env.begin()  # type: ignore[attr-defined]
     reading.get(b"x", db=index._env.index)  # type: ignore[attr-defined]
     with mock.patch.object(LmdbIndex, "settle", side_effect=lambda *arguments, **more: os._exit(9)):
-        life._generation(last)
+        life.begin(last)
     raise AssertionError("nothing was left to be done")
 
 
@@ -233,7 +355,7 @@ def _check(
         with Chest[Any, Any](path=path) as chest:
             if (actual := oracle._actual(chest, 0)) != expected:
                 raise Wrong(f"found {actual}, and the last flush that returned has written {expected}")
-    run = oracle.Run(list(PLANS).index(plan), range(1), True, holes or plan in SPILLS, written)
+    run = oracle.Run(list(PLANS).index(plan), range(1), True, holes or plan in MEMORY, written, plan in ATOMIC)
     oracle.check_folder(Path(path), [run])
     return {}
 
@@ -309,7 +431,8 @@ def _serve_one(request: dict[str, Any]) -> dict[str, Any]:
 
 def _serve() -> None:
     with tempfile.TemporaryDirectory() as folder:  # what is imported only when it is needed is imported now
-        assert not _live(folder, "churn", lambda line: None)["errors"]
+        for plan in MEMORY:
+            assert not _live(f"{folder}/{plan}", plan, lambda line: None)["errors"]
     _fs._kinds.clear()
     for line in iter(sys.stdin.readline, ""):
         print(json.dumps(_serve_one(json.loads(line))), flush=True)
