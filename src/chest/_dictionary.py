@@ -173,10 +173,7 @@ class Dictionary(Keeper, MutableMapping[K, V], Generic[K, V]):
             raise TypeError(f"update expected at most 2 arguments, got {len(args)}")
         overwrite = args[1] if len(args) == 2 else kwargs.pop("overwrite", True)
         other = args[0] if args else ()
-        donor = other if isinstance(other, Dictionary) and other is not self and self._links(other) else None
-        if donor is not None:
-            with donor.lock:
-                donor._sync()
+        donor = self._donor(other) if isinstance(other, Dictionary) and other is not self else None
         with self._atomic():
             if donor is not None:
                 self._adopt(donor, overwrite)
@@ -235,10 +232,22 @@ class Dictionary(Keeper, MutableMapping[K, V], Generic[K, V]):
 
     # --- another chest
 
-    def _links(self, other: Dictionary[Any, Any]) -> bool:
-        """Whether records of the other chest can be taken as they are."""
+    def _donor(self, other: Dictionary[Any, Any]) -> Dictionary[Any, Any] | None:
+        """The keeper whose records can be taken as they are, all of it written; None if they cannot."""
         mine, theirs = self._store, other._store
-        return mine.plain and theirs.plain and (mine.codec.name, mine.codec.text) == (theirs.codec.name, theirs.codec.text)
+        if not (mine.plain and theirs.plain):
+            return None
+        if (mine.codec.name, mine.codec.text) != (theirs.codec.name, theirs.codec.text):
+            return None
+        donor = other._here()
+        with donor.lock:
+            # What was changed in place before another thread's transaction must not be written over what that makes of it.
+            while donor._transactions:
+                if self._here() is not self:  # to wait within a transaction could be to wait for ever
+                    return None
+                donor._none_open.wait(1)
+            donor._sync()
+        return donor
 
     def _adopt(self, other: Dictionary[Any, Any], overwrite: bool) -> None:
         keeper = self._here()
@@ -246,8 +255,8 @@ class Dictionary(Keeper, MutableMapping[K, V], Generic[K, V]):
         while page := other._store.index.page(after, _views.BATCH):
             after = page[-1].seq
             with keeper.lock:
+                keeper._write_now()
                 keeper._writable()
-                keeper._sync()
                 items = []
                 records = other._store.index.get_many([item.name for item in page])[1]
                 for item, record in zip(page, records, strict=True):

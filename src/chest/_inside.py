@@ -180,7 +180,9 @@ class Inside(Dictionary[K, V]):
             return  # somebody else has written the key since
         written = self._inner_store.write_base(entry)
         self._check(written)
-        self._based[key] = entry, written.done[0][2]
+        baseline = written.done[0][2]
+        self._based[key] = entry, baseline
+        outer._found[key] = entry, baseline, self._seen, self._inner_store.touched
 
     def finish(self) -> None:
         """All is written, so that it can be committed."""
@@ -192,6 +194,13 @@ class Inside(Dictionary[K, V]):
                 path=path,
             ) from self.doomed
         self._sync()
+
+    def unfind(self) -> None:
+        """What the chest was told of changes in place is done with: nothing of it is committed, or it has been merged."""
+        found = self._outer._found
+        for key, (entry, _) in self._based.items():
+            if key in found and found[key][0] is entry:
+                found.pop(key, None)
 
     def end(self) -> None:
         """Let go of everything."""

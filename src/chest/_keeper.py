@@ -61,6 +61,8 @@ class Keeper(Spiller):
         if entry.epoch == self._epoch:
             return True
         if not entry.dirty:
+            if self._found:
+                self._catch_up(entry)
             name = self._store.name(entry.key)
             record = None if name is None else self._store.index.get(name)
             if (record is None or record.version != entry.version) and not self._find_change(entry):
@@ -232,7 +234,7 @@ class Keeper(Spiller):
 
     def _clear(self) -> None:
         self._writable()
-        for place in (self._dirty, self._unsure, self._tombs, self._lent, self._pinned):
+        for place in (self._dirty, self._unsure, self._tombs, self._lent, self._pinned, self._found):
             place.clear()
         self._tier.clear()
         self._n_new = 0
@@ -283,7 +285,7 @@ class Keeper(Spiller):
                 own = entry
                 break
             if passed > FEW:
-                self._sync()
+                self._write_now()
                 break
         after = None
         while items := self._store.index.page(after, FEW, reverse=True):

@@ -113,7 +113,7 @@ class Portable(Sharing[K, V]):
         self._shared = self._forked = self._closed = True
         self.lock = threading.RLock()
         self._none_open = threading.Condition(self.lock)
-        self._transaction, self._n_transactions = None, 0
+        self._transaction, self._transactions, self._found = None, set(), {}
         self._tier = MemoryTier(self._tier.limit)
         self._entries = self._tier.entries
         self._dirty, self._tombs, self._unsure, self._pinned = {}, {}, {}, {}
@@ -143,8 +143,9 @@ class Portable(Sharing[K, V]):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A scratch chest with the same settings and with values of its own."""
         twin = memo[id(self)] = self._twin()
-        if twin._links(self):
-            twin.update(self)
+        donor = twin._donor(self)
+        if donor is not None:
+            twin._adopt(donor, True)
         else:
             for key, value in self.items():
                 twin[copy.deepcopy(key, memo)] = copy.deepcopy(value, memo)

@@ -69,14 +69,19 @@ class Sharing(Dictionary[K, V]):
                 here.doomed = error
                 raise
             return
-        refused = self._begin()
+        refused: dict[Any, ChestError] = {}
         inside: Inside[K, V] | None = None
+        token = object()
         try:
+            self._begin(token, refused)
             with self._store.index.transaction() as index:
                 inside = self._transaction = Inside(self, index, refused.copy())
                 try:
                     yield
                     inside.finish()
+                except BaseException:
+                    inside.unfind()  # while nobody else can commit
+                    raise
                 finally:
                     self._transaction = None
             self._merge(inside, refused)
@@ -87,25 +92,23 @@ class Sharing(Dictionary[K, V]):
                 self._remember(error)
             raise
         finally:
+            self._transactions.discard(token)  # without the lock: nothing may interrupt this
             with self.lock:
-                self._n_transactions -= 1
-                if not self._n_transactions:
+                if not self._transactions:
                     self._generation = self._store.index.generation
                     self._tier.retry()
                     self._none_open.notify_all()
 
-    def _begin(self) -> dict[Any, ChestError]:
-        """What was set and deleted before is committed, so that the transaction finds it; but for what is returned."""
-        failed: dict[Any, ChestError] = {}
+    def _begin(self, token: object, refused: dict[Any, ChestError]) -> None:
+        """What was set and deleted before is committed, so that the transaction finds it; but for what is ``refused``."""
         with self.lock:
             self._writable()
             if self._dirty or self._tombs:
-                error = self._write(self._dirty.values(), failed)
+                error = self._write(self._dirty.values(), refused)
                 if error is not None:
                     raise error
-            self._n_transactions += 1
+            self._transactions.add(token)
             self._generation = _NEVER
-        return failed
 
     def _undo(self, inside: Inside[K, V]) -> None:
         version, blobs = inside._seen, inside._inner_store.blobs
@@ -114,6 +117,7 @@ class Sharing(Dictionary[K, V]):
         inside.end()
         with contextlib.suppress(ChestError, OSError):  # what stays is removed when the folder is next opened
             if self._store.index.version() < version:  # else it may have been committed: an interrupt came too late
+                inside.unfind()
                 self._store.blobs.remove(blobs.written)
 
     def _merge(self, inside: Inside[K, V], refused: dict[Any, ChestError]) -> None:
@@ -134,6 +138,7 @@ class Sharing(Dictionary[K, V]):
                 if old is not None and old.version < version and (not old.dirty or old is base or key in refused):
                     self._forget(old)
                     self._dirty.pop(key, None)
+            inside.unfind()
             newest = self._store.index.version() == version
             if newest:
                 self._moved_to(-1 if refused or self._dirty or self._tombs else version - 1, version)

@@ -51,9 +51,11 @@ class Spiller:
         self._salt = int.from_bytes(os.urandom(2), "big") >> 4
         self._transaction: Any = None  # the keeper inside of it, while one is open
         self._write_through = False
-        self._n_transactions = 0  # that are open, or wait for their turn
+        self._transactions: set[object] = set()  # those that are open, or wait for their turn
+        self._found: dict[Any, tuple[Entry, Baseline, int, set[Any]]] = {}  # see `_catch_up`
         self._none_open = threading.Condition(self.lock)
         self._owner = 0  # the thread that a keeper inside of a transaction belongs to
+        self._n_commits = 0  # of this chest's own
         self._closed = False
         self._failed: FailedError | None = None
         self._untold = False  # nobody has heard of that yet
@@ -79,6 +81,8 @@ class Spiller:
     def _look(self) -> None:
         """Take note of what others have committed."""
         if self._generation[0] != self._seen:
+            if not self._transactions:  # an interrupt may have kept the last one from saying that it is over
+                self._generation = self._store.index.generation
             self._moved_to(-1, self._store.index.version())
 
     def _moved_to(self, before: int, version: int) -> None:
@@ -103,7 +107,8 @@ class Spiller:
 
     def _take_commits(self) -> None:
         commits, self._store.commits = self._store.commits, []
-        if not self._n_transactions:
+        self._n_commits += len(commits)
+        if not self._transactions:
             self._generation = self._store.index.generation  # a folder of chest 0.2 gets its index with the first commit
         for before, version in commits:
             self._moved_to(before, version)
@@ -123,11 +128,27 @@ class Spiller:
             return True
         if entry.baseline is None or not (entry.hot or entry.lent):
             return False
+        if self._found:
+            self._catch_up(entry)
         if not self._store.changed(entry.key, entry.value, entry.version, entry.baseline):
             return False
         self._tier.mark(entry, dirty=True)
         self._dirty[entry.key] = entry
         return True
+
+    def _catch_up(self, entry: Entry) -> None:
+        """A change in place that a transaction began with, and that it has committed, or something made of it, is no change.
+
+        It says so itself when it is merged. But others may look before that, and an interrupt may prevent it.
+        """
+        found = self._found.get(entry.key)
+        if found is None or found[0] is not entry or self._store.index.version() < found[2]:
+            return
+        _, baseline, version, touched = found
+        entry.baseline = baseline
+        if entry.key not in touched:
+            entry.version = version
+        self._found.pop(entry.key, None)
 
     def _shrink(self, needed: int = 0, spare: Entry | None = None) -> ChestError | None:
         """Make room for ``needed`` bytes. Errors are returned: the caller has something to finish first."""
@@ -138,7 +159,7 @@ class Spiller:
         if tier.usage <= target:
             return None
         victims = tier.victims(max(0, target - min(tier.limit // 4, SLACK_BYTES)), spare)
-        return self._evict(self._not_in_question(victims) if self._n_transactions else victims)
+        return self._evict(self._not_in_question(victims) if self._transactions else victims)
 
     def _not_in_question(self, victims: list[Entry]) -> list[Entry]:
         """Those that can leave while another thread's transaction is open.
@@ -209,7 +230,7 @@ class Spiller:
     def _poll(self, everything: bool = False) -> ChestError | None:
         """Look at lent values: those that were let go are written if they have changed, and leave memory."""
         lent = self._lent
-        if self._n_transactions:  # see `_not_in_question`
+        if self._transactions:  # see `_not_in_question`
             return None
         changed: list[Entry] = []
         for _ in range(len(lent) if everything else min(len(lent), POLLED)):

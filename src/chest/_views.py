@@ -67,11 +67,14 @@ def walk_items(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, 
         wanted = [n for k, n in batch if n is not None and k not in entries and k not in lent]
         with keeper.lock:
             keeper._usable()
+            state = _state(keeper)
             found = store.index.get_many(wanted)[1] if wanted else []
         records = {n: record for n, record in zip(wanted, found, strict=True) if record is not None}
         for key, name in batch:
             record = records.pop(name, None) if name is not None else None
             loaded = None
+            if record is not None and state != _state(keeper):
+                record = None  # it may be an older one by now
             if record is not None and name is not None and key not in entries and key not in lent and key not in tombs:
                 loaded = store.decode_for(key, name, record)
                 if loaded is not None and loaded[2] is None:  # it cannot be changed, so nobody needs to watch it
@@ -79,7 +82,7 @@ def walk_items(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, 
                     continue
             with keeper.lock:
                 keeper._usable()
-                if loaded is None or key in entries or key in lent or key in tombs:
+                if loaded is None or state != _state(keeper) or key in entries or key in lent or key in tombs:
                     try:
                         value = keeper._peek(key)
                     except KeyError:
@@ -89,6 +92,11 @@ def walk_items(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, 
                 loaded = None
             yield key, value
             del value
+
+
+def _state(keeper: Keeper) -> tuple[int, int]:
+    """Changes with every commit: of this chest (inside of a transaction the generation stays the same) and of others."""
+    return keeper._n_commits, keeper._store.index.generation[0]
 
 
 class Keys(KeysView[K]):

@@ -210,8 +210,8 @@ class Chest(Portable[K, V]):
                 f"{method}() within a transaction of the chest at {self.path}: it is written when the block ends, not before.",
                 path=self.path,
             )
-        while self._n_transactions:
-            self._none_open.wait()
+        while self._transactions:
+            self._none_open.wait(1)  # an interrupt may have kept the last one from telling
 
     def flush(self) -> None:
         """Write everything and empty memory. On return all that was set would survive a power cut.
@@ -346,7 +346,7 @@ class Chest(Portable[K, V]):
     def _end(self) -> None:
         """Let go of everything, written or not."""
         self._closed = True
-        for place in (self._dirty, self._unsure, self._tombs, self._lent, self._pinned):
+        for place in (self._dirty, self._unsure, self._tombs, self._lent, self._pinned, self._found):
             place.clear()
         self._tier.clear()
         self._generation = memoryview(bytes(8)).cast("Q")

@@ -48,6 +48,7 @@ class Environment:
         generation: see ``Index``.
         map_size: bytes.
         failed: why it takes no more commits, or None.
+        abandoned: a write transaction that another thread than its own (by ident) has ended.
         lost: this process was forked off the one that opened it, and must not touch it.
     """
 
@@ -64,6 +65,7 @@ class Environment:
         self.map_size = map_size or MAP_SIZE
         self.failed: str | None = None
         self.lost = False
+        self.abandoned: tuple[Any, int] | None = None
         self.n_users = 1
         self._writer = threading.Lock()  # the threads of this process queue here, not inside of the gate
         self._writing = 0  # the thread that holds it
@@ -170,6 +172,7 @@ class Environment:
                 path=folder,
             )
         with self._writer:
+            self._reclaim(folder)
             try:
                 self._writing = ident
                 for attempt in range(_TRIES):
@@ -208,6 +211,26 @@ class Environment:
         if not self.lost:  # else it is the parent's
             with GATE.calm():  # while others read without a pause it would take seconds
                 txn.abort()
+
+    def _reclaim(self, folder: str) -> None:
+        """A transaction that another thread has ended is given up by its own one, or when that is dead (the lock is robust)."""
+        if self.abandoned is None:
+            return
+        txn, ident = self.abandoned
+        if ident != get_ident() and ident in sys._current_frames():
+            raise ChestError(
+                f"a transaction on {folder} was ended by another thread than the one that began it, which alone can let go of "
+                "its lock: use the chest in that thread (`sync` will do), or let the thread end.",
+                path=folder,
+            )
+        self.give_up(txn)
+        self.abandoned = None
+
+    def may_be_closed(self) -> bool:
+        """Whether no thread holds LMDB's lock, which could not be released any more."""
+        with contextlib.suppress(ChestError), self._writer:
+            self._reclaim(self.folder)
+        return self.abandoned is None
 
     def refuse_lost(self) -> None:
         """Raises ChestError in a process that was forked off within a transaction: it is the parent's."""

@@ -111,7 +111,7 @@ class Environments:
         """One user less; the last one closes it."""
         with self._lock:
             env.n_users -= 1
-            if not env.lost and not env.n_users:
+            if not env.lost and not env.n_users and (env.abandoned is None or env.may_be_closed()):
                 self._open.pop(env.files["data.mdb"], None)
                 env.close()
 

@@ -110,6 +110,7 @@ def exclusive(env: Environment, folder: str) -> Iterator[Held]:
             path=folder,
         )
     with env._writer:
+        env._reclaim(folder)
         env._writing = ident
         try:
             txn = _begin(env, folder)
@@ -118,11 +119,20 @@ def exclusive(env: Environment, folder: str) -> Iterator[Held]:
             try:
                 env._refuse_moved(folder)
                 yield held
+                if get_ident() != ident:
+                    raise ChestError(
+                        f"a transaction of the chest in {folder} was ended by another thread than the one that began it (a "
+                        "generator does that, or an async framework): it is undone.",
+                        path=folder,
+                    )
                 if held.wrote:
                     env._commit(txn)
                 else:
                     txn.commit()  # writes nothing, and is not kept waiting as `abort` is
             except BaseException as error:
+                if get_ident() != ident and not env.lost:  # LMDB's lock belongs to the thread
+                    env.abandoned = txn, ident
+                    raise
                 env.give_up(txn)
                 full = error.__cause__ if isinstance(error, ChestError) else error
                 if isinstance(full, lmdb.MapFullError):
