@@ -272,6 +272,31 @@ def test_a_value_that_was_only_read_never_hides_or_overwrites_a_newer_one(tmp_pa
         assert one["x"].array[0] == two["x"].array[0] == 7
 
 
+def test_a_readable_copy_that_comes_late_does_not_replace_a_value_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Chest[Any, Any](path=tmp_path / "c") as one, Chest[Any, Any](path=tmp_path / "c", loose=0) as two:
+        copy = one._store._write_copies
+
+        def late(*arguments: Any, **more: Any) -> None:
+            two["x"] = np.ones(20_000)
+            two.sync()
+            copy(*arguments, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(one._store, "_write_copies", late)
+            one["x"] = "small"
+            one.sync()
+        two.flush()
+        assert two["x"].sum() == one["x"].sum() == 20_000
+        two["x"] = "packed again"
+        two.sync()
+        with monkeypatch.context() as patch:
+            patch.setattr(one._store, "_write_copies", late)
+            file = one.key_to_filename("x")
+        two.flush()
+        assert two["x"].sum() == one["x"].sum() == 20_000
+        assert one.key_to_filename("x") == file
+
+
 # --- dying
 
 

@@ -279,17 +279,31 @@ class Store(Reader):
                 raise
             except OSError:  # all is committed; names wait for the next time
                 pass
-        for label, body in copies:
-            try:
-                self.blobs.write_copy(label, body)
-            except FailedError:
-                raise
-            except OSError:  # a convenience, and no reason to fail what is committed
-                pass
+        self._write_copies(copies)
 
-    def _make_loose(self, items: list[Any], puts: list[Row]) -> list[tuple[str, bytes]]:
-        """While there are few keys, small values get a readable copy: their puts are marked, the copies returned."""
-        copies: list[tuple[str, bytes]] = []
+    def _write_copies(self, copies: Sequence[tuple[bytes, str]], *, needed: bool = False) -> None:
+        """Small values lie under their labels, too, for people to look at.
+
+        Not before nobody else can commit, and only those that are still small: another process may have published a value
+        file there meanwhile, which a late copy would replace.
+        """
+        if not copies:
+            return
+        with self.index.transaction() as index:  # writes nothing
+            for name, label in copies:
+                record = index.get(name)
+                try:
+                    if record is not None and record.kind == LOOSE:
+                        self.blobs.write_copy(label, record.body)
+                except FailedError:
+                    raise
+                except OSError:
+                    if needed:  # else it is a convenience, and no reason to fail what is committed
+                        raise
+
+    def _make_loose(self, items: list[Any], puts: list[Row]) -> list[tuple[bytes, str]]:
+        """While there are few keys, small values get a readable copy: their puts are marked, name and label returned."""
+        copies: list[tuple[bytes, str]] = []
         room = 0 if self._files_only else self._loose - len(self.index)
         if room > 0:
             for number, (name, seq, kind, body, typed, fresh) in enumerate(puts):
@@ -299,7 +313,7 @@ class Store(Reader):
                     key = items[number].key
                     label = self.label(key, name)
                     if self._free_label(key, name) == label:
-                        copies.append((label, body))
+                        copies.append((name, label))
                         puts[number] = name, seq, LOOSE, body, typed, fresh
         return copies
 
@@ -373,9 +387,14 @@ class Store(Reader):
             )
         else:
             # Recorded first: a copy that no record knows of would outlive its value.
-            commit = self.index.commit([Put(name, record.seq, LOOSE, record.body)])
+            with self.index.transaction() as index:
+                newest = index.get(name)
+                same = newest is not None and newest.version == record.version
+                commit = index.commit([Put(name, record.seq, LOOSE, record.body)]) if same else None
+            if commit is None:
+                return self.file_of(key, name)
             self.commits.append((commit.before, commit.version))
-        self.blobs.write_copy(label, record.body)
+        self._write_copies([(name, label)], needed=True)
         return path
 
     def path_of(self, record: Record) -> str:
