@@ -272,6 +272,26 @@ def test_a_value_that_was_only_read_never_hides_or_overwrites_a_newer_one(tmp_pa
         assert one["x"].array[0] == two["x"].array[0] == 7
 
 
+@pytest.mark.parametrize("value", ["small", np.zeros(20_000)], ids=["small", "large"])
+def test_what_was_overwritten_before_its_commit_was_settled_is_not_believed_to_be_the_newest(
+    tmp_path: Path, value: Any
+) -> None:
+    with Chest[Any, Any](path=tmp_path / "c") as one, Chest[Any, Any](path=tmp_path / "c") as two:
+        one["x"] = np.ones(20_000)
+        one.sync()
+        settle = one._store.settle
+
+        def overtaken() -> int:
+            two["x"] = "newer"
+            two.sync()
+            return settle()
+
+        one._store.settle = overtaken  # type: ignore[method-assign]
+        one["x"] = value
+        one.sync()
+        assert one["x"] == two["x"] == "newer"
+
+
 def test_a_readable_copy_that_comes_late_does_not_replace_a_value_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Chest[Any, Any](path=tmp_path / "c") as one, Chest[Any, Any](path=tmp_path / "c", loose=0) as two:
         copy = one._store._write_copies

@@ -105,13 +105,18 @@ class Spiller:
         self._next_seq = place + 1
         return place
 
-    def _take_commits(self) -> None:
+    def _take_commits(self) -> int:
+        """Take note of one's own commits. The version from which on nobody else has committed in between."""
+        since = 0
         commits, self._store.commits = self._store.commits, []
         self._n_commits += len(commits)
         if not self._transactions:
             self._generation = self._store.index.generation  # a folder of chest 0.2 gets its index with the first commit
         for before, version in commits:
+            if before != self._seen:
+                since = version
             self._moved_to(before, version)
+        return since
 
     # --- leaving memory
 
@@ -262,15 +267,17 @@ class Spiller:
         unwritten = list(entries)
         tombs = self._tombs
         written = self._store.write(unwritten, [(key, name) for key, name in tombs.items()])
-        self._take_commits()
+        since = self._take_commits()
         if tombs and (written.error is None or written.commits):
             tombs.clear()
         elif tombs:  # on a full disk some of them may have been committed all the same
             are_stored = self._store.has_each(list(tombs.values()))
             for key in [key for key, stored in zip(tombs, are_stored, strict=True) if not stored]:
                 del tombs[key]
-        dirty, unsure, mark, epoch = self._dirty, self._unsure, self._tier.mark, self._epoch
+        dirty, unsure, mark = self._dirty, self._unsure, self._tier.mark
         for version, done, baselines in written.commits:
+            # What is written may have been overwritten already, before the files had their names.
+            epoch = self._epoch if version >= since else self._epoch - 1
             for entry, baseline in zip(done, baselines, strict=True):
                 key = entry.key
                 if unsure.pop(key, None) is None and not entry.stored:
