@@ -122,9 +122,7 @@ def _after_an_error(worker: Worker, path: Path, plan: str, outcome: Outcome, onc
         return "a sync failed, and nobody was told"
     # These refuse some values and write others, or deletions only, for the room that they make.
     refusals = ["WriteError", "SerializeError", "DiskFullError"]
-    if outcome.struck.startswith(
-        "openat"
-    ):  # values whose files cannot be made; the folder cannot be synced then, and that is told
+    if outcome.struck.startswith("openat"):  # files that cannot be made, and folders that cannot be synced: that is told
         refusals.append("FailedError")
     holes = any(error.startswith(tuple(refusals)) for error in result["errors"])
     if problem := worker.check(path, plan, outcome.log, result.get("final"), holes):
@@ -143,7 +141,9 @@ def test_a_kill_at_any_system_call_loses_nothing_acknowledged(sweep: Sweep, tmp_
 
 def _killed(worker: Worker, path: Path, plan: str, call: Call, **more: Any) -> str:
     outcome = worker.inject(_live(path, plan, **more), Fault(call, "SIGKILL"))
-    if outcome.status != -signal.SIGKILL:
+    # Which folders share a sync depends on the order of a set: this life may have had one call less.
+    had_none = outcome.status == 0 and sum(made.kind == call.kind for made in outcome.calls) < call.number
+    if outcome.status != -signal.SIGKILL and not had_none:
         return f"it was not killed: {outcome}"
     return worker.check(path, plan, outcome.log)
 
