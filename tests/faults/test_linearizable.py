@@ -12,6 +12,7 @@ backward one, and nothing is read before it was written.
 from __future__ import annotations
 
 import multiprocessing
+import queue
 import random
 import sys
 import time
@@ -87,7 +88,7 @@ def work(me: int, path: str, n: int, seed: int, memory: int, stale: bool, gate: 
         if stale:  # the control: whatever others commit, what is in memory is believed to be the newest
             chest._look = lambda: None  # type: ignore[method-assign]
             chest._generation = memoryview(chest._seen.to_bytes(8, "little")).cast("Q")
-            chest._take_commits = chest._store.commits.clear  # type: ignore[method-assign]
+            chest._take_commits = lambda: chest._store.commits.clear() or 0  # type: ignore[func-returns-value,method-assign]
         gate.wait(WAIT_S)
         for number in range(n):
             key = rng.randrange(N_KEYS)
@@ -112,6 +113,17 @@ def work(me: int, path: str, n: int, seed: int, memory: int, stale: bool, gate: 
     found.put(history)
 
 
+def _next(found: Any, processes: list[Any]) -> list[Operation]:
+    """The history of one process; an error, and no waiting, if one of them has died."""
+    for _ in range(WAIT_S):
+        try:
+            history: list[Operation] = found.get(timeout=1)
+            return history
+        except queue.Empty:
+            assert not any(process.exitcode for process in processes), "a process has failed"
+    raise AssertionError("a process hangs")
+
+
 def run(path: Path, n_processes: int, n: int, seed: int, *, stale: bool = False) -> list[str]:
     """What is wrong with the histories of the keys."""
     with Chest[Any, Any](path=path) as chest:
@@ -126,7 +138,7 @@ def run(path: Path, n_processes: int, n: int, seed: int, *, stale: bool = False)
     for process in processes:
         process.start()
     try:
-        history = [operation for _ in processes for operation in found.get(timeout=WAIT_S)]
+        history = [operation for _ in processes for operation in _next(found, processes)]
     finally:
         for process in processes:
             process.join(20)
