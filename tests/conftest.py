@@ -5,12 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from chest import Chest
 
 TORTURE = os.environ.get("CHEST_TORTURE", "") not in ("", "0")
 
@@ -66,6 +70,25 @@ def _kept_by_multiprocessing() -> set[str]:
         for attribute in ("_fd", "_forkserver_alive_fd"):
             names.add(str(getattr(server, attribute, None)))
     return names
+
+
+@pytest.fixture(name="place")
+def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for temporary files, of child processes too."""
+    place = tmp_path / "tmp"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    monkeypatch.setenv("TMPDIR", str(place))
+    return place
+
+
+@pytest.fixture(name="chest", params=["path", "scratch"])
+def _chest(request: pytest.FixtureRequest, tmp_path: Path, place: Path) -> Iterator[Chest[Any, Any]]:
+    """A chest with a path, and a scratch one. Modules that need another one have their own."""
+    np = pytest.importorskip("numpy")
+    with Chest[Any, Any](path=tmp_path / "c" if request.param == "path" else None) as chest:
+        chest["small"], chest["large"] = [1], np.arange(20_000)
+        yield chest
 
 
 _FAILED = pytest.StashKey[bool]()

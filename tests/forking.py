@@ -9,12 +9,18 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 DEADLINE_S = 60
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a program that is to import this chest."""
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "src"), **more}
 
 
 class Forked:

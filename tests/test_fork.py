@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,9 @@ from chest import Chest, _fs, _lifetime, _scratch
 from chest.engines._gate import GATE
 from chest.engines._lmdb import LmdbIndex
 from chest.errors import ChestError, ClosedError, PathError
-from forking import DEADLINE_S, Forked, in_child, needs_fork, until
+from forking import DEADLINE_S, Forked, environment, in_child, needs_fork, until
 
 pytestmark = needs_fork
-SOURCES = str(Path(__file__).resolve().parents[1] / "src")
-
-
-@pytest.fixture(name="place")
-def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder for scratch chests."""
-    place = tmp_path / "tmp"
-    place.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(place))
-    return place
 
 
 @pytest.fixture(name="chest", params=["path", "scratch"])
@@ -329,7 +318,7 @@ def test_the_end_of_a_child_leaves_the_parents_chest_as_it_is(tmp_path: Path, ki
         "    c.close()\n"
         "    print('fine')\n"
     )
-    env = {**os.environ, "PYTHONPATH": SOURCES, "TMPDIR": str(tmp_path)}
+    env = environment(TMPDIR=str(tmp_path))
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "c")], env=env, capture_output=True, text=True, timeout=DEADLINE_S
     )
@@ -349,7 +338,7 @@ def test_what_a_child_set_itself_is_written_when_its_interpreter_ends(tmp_path: 
         "with Chest(path=c.path) as e: assert e == {'child': 2}, dict(e)\n"
         "with Chest(path=c.path + '2') as e: assert e == {'own': 3}, dict(e)\n"
     )
-    env = {**os.environ, "PYTHONPATH": SOURCES}
+    env = environment()
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "c")], env=env, capture_output=True, timeout=DEADLINE_S)
     assert (done.returncode, done.stderr) == (0, b"")
     with Chest[str, int](path=tmp_path / "c") as chest:
@@ -428,7 +417,7 @@ def test_a_child_outlives_a_killed_parent_with_its_scratch_chest(tmp_path: Path)
         "    c['a']; os.write(w, b'.'); sys.stdin.read(1); print(c['a'], c.path, flush=True); sys.stdin.read(1); os._exit(0)\n"
         "os.read(r, 1); print('ready', flush=True); signal.pause()\n"
     )
-    env = {**os.environ, "PYTHONPATH": SOURCES, "TMPDIR": str(tmp_path)}
+    env = environment(TMPDIR=str(tmp_path))
     parent = subprocess.Popen(
         [sys.executable, "-c", script], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     )

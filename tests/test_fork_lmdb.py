@@ -20,10 +20,9 @@ from chest.engines import _environments
 from chest.engines._environments import ENVIRONMENTS
 from chest.engines._gate import GATE
 from chest.errors import ChestError
-from forking import DEADLINE_S, Forked, in_child, needs_fork, wait_for
+from forking import DEADLINE_S, Forked, environment, in_child, needs_fork, wait_for
 
 pytestmark = needs_fork
-SOURCES = str(Path(__file__).resolve().parents[1] / "src")
 
 
 @pytest.fixture(name="chest", params=["path", "scratch"])
@@ -206,7 +205,7 @@ def test_a_child_that_leaves_a_transaction_of_its_parent_ends_without_waiting_fo
         "assert c == {'a': 1, 'b': 2}\n"
         "c.close()\n"
     )
-    env = {**os.environ, "PYTHONPATH": SOURCES}
+    env = environment()
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "c")], env=env, capture_output=True, timeout=DEADLINE_S)
     assert (done.returncode, done.stderr) == (0, b"")
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable
@@ -384,15 +383,6 @@ def test_a_chest_whose_constructor_fails_is_collected_in_silence(tmp_path: Path)
 
 
 # --- scratch
-
-
-@pytest.fixture(name="place")
-def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder for temporary files."""
-    place = tmp_path / "tmp"
-    place.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(place))
-    return place
 
 
 def test_a_scratch_folder_is_private_and_below_the_temporary_folder(place: Path) -> None:

@@ -11,8 +11,6 @@ import os
 import pickle
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +19,10 @@ import pytest
 
 from chest import Chest, _fs, _scratch
 from chest.errors import ChestError, ClosedError, PathError, SerializeError
+from forking import environment
 
-SOURCES = str(Path(__file__).resolve().parents[1] / "src")
 TIMEOUT_S = 120
 METHODS = multiprocessing.get_all_start_methods()
-
-
-@pytest.fixture(name="place")
-def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder for scratch chests, of child processes too."""
-    place = tmp_path / "tmp"
-    place.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(place))
-    monkeypatch.setenv("TMPDIR", str(place))
-    return place
-
-
-@pytest.fixture(name="chest", params=["path", "scratch"])
-def _chest(request: pytest.FixtureRequest, tmp_path: Path, place: Path) -> Iterator[Chest[Any, Any]]:
-    with Chest[Any, Any](path=tmp_path / "c" if request.param == "path" else None) as chest:
-        chest["small"], chest["large"] = [1], np.arange(20_000)
-        yield chest
 
 
 def _sent(chest: Any) -> Any:
@@ -295,7 +276,7 @@ RECEIVES = (
 
 
 def _receiver(data: bytes, end: str) -> subprocess.Popen[bytes]:
-    env = {**os.environ, "PYTHONPATH": SOURCES}
+    env = environment()
     process = subprocess.Popen([sys.executable, "-c", RECEIVES + end], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
     assert process.stdout is not None

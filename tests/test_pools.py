@@ -6,7 +6,6 @@ import concurrent.futures
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,6 @@ from chest import Chest
 
 TIMEOUT_S = 120
 METHODS = multiprocessing.get_all_start_methods()
-
-
-@pytest.fixture(name="place")
-def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder for scratch chests, of child processes too."""
-    place = tmp_path / "tmp"
-    place.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(place))
-    monkeypatch.setenv("TMPDIR", str(place))
-    return place
-
-
-@pytest.fixture(name="chest", params=["path", "scratch"])
-def _chest(request: pytest.FixtureRequest, tmp_path: Path, place: Path) -> Iterator[Chest[Any, Any]]:
-    with Chest[Any, Any](path=tmp_path / "c" if request.param == "path" else None) as chest:
-        chest["small"], chest["large"] = [1], np.arange(20_000)
-        yield chest
 
 
 inherited: Chest[Any, Any]

@@ -85,10 +85,11 @@ class _StoreInside(Store):
 class Inside(Dictionary[K, V]):
     """A chest from inside of a transaction."""
 
+    _store: _StoreInside
+
     def __init__(self, outer: Dictionary[K, V], index: Index, refused: dict[Any, ChestError]) -> None:
         self._refused = refused  # keys whose values are in the chest's memory only, because they cannot be written
-        self._inner_store = _StoreInside(outer._store, index)
-        super().__init__(self._inner_store, min(outer._tier.limit // 4, INSIDE_BYTES))
+        super().__init__(_StoreInside(outer._store, index), min(outer._tier.limit // 4, INSIDE_BYTES))
         self._outer = outer
         self._owner = get_ident()
         self._on_miss = outer._on_miss
@@ -133,7 +134,7 @@ class Inside(Dictionary[K, V]):
         if self._refused.pop(key, None) is None:
             super()._delete(key)
             return
-        self._inner_store.touched.add(key)
+        self._store.touched.add(key)
         if super()._has(key):  # an older value is stored
             super()._delete(key)
 
@@ -173,16 +174,16 @@ class Inside(Dictionary[K, V]):
         entry = outer._entries.get(key) or outer._lent.get(key)
         if entry is None or entry.dirty or entry.baseline is None or not (entry.hot or entry.lent):
             return
-        if key in self._inner_store.touched or not self._store.changed(key, entry.value, entry.version, entry.baseline):
+        if key in self._store.touched or not self._store.changed(key, entry.value, entry.version, entry.baseline):
             return
         record = self._store.index.get(self._store.name(key) or b"")
         if record is None or record.version != entry.version:
             return  # somebody else has written the key since
-        written = self._inner_store.write_base(entry)
+        written = self._store.write_base(entry)
         self._check(written)
-        baseline = written.done[0][2]
+        _, _, (baseline,) = written.commits[0]
         self._based[key] = entry, baseline
-        outer._found[key] = entry, baseline, self._seen, self._inner_store.touched
+        outer._found[key] = entry, baseline, self._seen, self._store.touched
 
     def finish(self) -> None:
         """All is written, so that it can be committed."""

@@ -117,11 +117,6 @@ class Written(NamedTuple):
     failed: dict[Any, ChestError]
     error: ChestError | None = None
 
-    @property
-    def done(self) -> list[tuple[Any, int, Baseline]]:
-        """(what was written, version, baseline), for those who look at few."""
-        return [(i, version, b) for version, items, baselines in self.commits for i, b in zip(items, baselines, strict=True)]
-
 
 def pack_note(name: bytes, blob: str, label: str) -> bytes:
     """What a commit leaves to be done for one key: publish ``blob``, unlink ``label`` (either may be empty)."""

@@ -111,7 +111,7 @@ class Sharing(Dictionary[K, V]):
             self._generation = _NEVER
 
     def _undo(self, inside: Inside[K, V]) -> None:
-        version, blobs = inside._seen, inside._inner_store.blobs
+        version, blobs = inside._seen, inside._store.blobs
         if inside._failed is not None:  # the disk did not fail the block alone
             self._remember(inside._failed)
         inside.end()
@@ -122,10 +122,8 @@ class Sharing(Dictionary[K, V]):
 
     def _merge(self, inside: Inside[K, V], refused: dict[Any, ChestError]) -> None:
         """What the transaction committed counts from now on, and what it held in memory belongs to the chest."""
-        version, store = inside._seen, inside._inner_store
-        pinned = dict(inside._pinned)
-        held = {id(entry): entry for entry in [*inside._lent.values(), *inside._entries.values()]}
-        in_memory = {id(entry) for entry in inside._entries.values()}
+        version, store = inside._seen, inside._store
+        entries, lent, pinned = list(inside._entries.values()), dict(inside._lent), dict(inside._pinned)
         inside.end()
         with self.lock:
             for key, (entry, baseline) in inside._based.items():
@@ -145,12 +143,12 @@ class Sharing(Dictionary[K, V]):
             else:
                 self._look()
             self._next_seq = max(self._next_seq, inside._next_seq)
-            for entry in held.values():
+            for entry in [*lent.values(), *entries]:
                 if not self._takes(entry):
                     continue
                 entry.epoch = self._epoch if newest else -1  # -1: to be checked when it is next used
                 entry.hot = False
-                if id(entry) in in_memory and entry.size <= self._tier.limit:
+                if entry.key not in lent and entry.size <= self._tier.limit:
                     self._tier.add(entry)
                 elif entry.baseline is not None:
                     self._lent[entry.key] = entry

@@ -104,7 +104,7 @@ def exclusive(env: Environment, folder: str) -> Iterator[Held]:
     If this process dies in it, the next writer goes on from the last commit: LMDB's lock is robust.
     """
     ident = get_ident()
-    if env._writing == ident:
+    if env.is_held():
         raise ChestError(
             f"this thread is inside a transaction of another chest on {folder}: use that one in there, or end it first.",
             path=folder,

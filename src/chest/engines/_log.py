@@ -14,19 +14,20 @@ from typing import Any
 
 from xxhash import xxh3_64_digest as _digest
 
+from ._cursors import place as place_of
+
 __all__ = ["remember", "since"]
 
 KEPT = 256  # commits
 MOST = 32 << 10  # bytes for one of them
 
 _ITEM = struct.Struct("<HI")
-_place = struct.Struct(">Q").pack
 
 
 def remember(txn: Any, db: Any, version: int, n_items: int, items: Iterable[tuple[bytes, bytes]]) -> None:
     """These ``(name, typed)`` were written or deleted by the commit with this version. 3 us, and 0.3 us an item."""
     cursor = txn.cursor(db)
-    place = _place(version)
+    place = place_of(version)
     before = cursor.get(place)  # a transaction commits in several steps
     data = b""
     if n_items * _ITEM.size < MOST and (before is None or len(before) > 8):
@@ -48,7 +49,7 @@ def since(txn: Any, db: Any, version: int) -> list[tuple[bytes, bytes]] | None:
     oldest = int.from_bytes(cursor.key(), "big")
     if txn.stat(db)["entries"] >= KEPT and version < oldest - 1:
         return None
-    if not cursor.set_range(_place(version + 1)):
+    if not cursor.set_range(place_of(version + 1)):
         return found
     for place, data in cursor:
         if len(data) <= 8 or _digest(place + data[:-8]) != data[-8:]:
