@@ -48,20 +48,20 @@ bench: $(VENV)/.stamp-bench  ## side by side with other libraries, and the evict
 	@if [ -e bench/eviction.py ] ; then echo "$(PY) bench/eviction.py" ; $(PY) bench/eviction.py ; fi
 
 clean:  ## remove environments, caches and results
-	rm -rf .venv .venv-* build dist bench/results .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-* build dist src/*.egg-info src/chest/_native.* bench/results .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"chest needs Python 3.10 or newer, this is {sys.version.split()[0]}: make PYTHON=...")'
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.stamp-%: pyproject.toml | $(PY)
+$(VENV)/.stamp-%: pyproject.toml $(wildcard src/native/*) | $(PY)
 	@echo "installing chest[$*] into $(VENV)"
 	@$(PY) $(PIP) -e '.[$*]'
 	@touch $@
 
 # Not every package of the test extra has wheels for the newest Python. The tests that need them are skipped then, and say so.
-.venv-%/.stamp-test: pyproject.toml
+.venv-%/.stamp-test: pyproject.toml $(wildcard src/native/*)
 	@[ -x .venv-$*/bin/python ] || $(INTERPRETER) -m venv .venv-$*
 	@echo "installing chest[test] into .venv-$*"
 	@.venv-$*/bin/python $(PIP) --only-binary :all: -e '.[test]' || { \

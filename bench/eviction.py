@@ -29,7 +29,8 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import NamedTuple
 
-from chest._memory import BREAK_EVEN, ENTRY_BYTES, FREE_BYTES, Entry, MemoryTier
+from chest._hot import ENTRY_BYTES, Entry, MemoryTier
+from chest._memory import BREAK_EVEN, FREE_BYTES
 
 LATENCY_S = 20e-6
 BYTES_PER_S = 1e9

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from chest._memory import ENTRY_BYTES, Entry, MemoryTier
+from chest._hot import ENTRY_BYTES, Entry, MemoryTier
 
 clock_ns = time.thread_time_ns
 

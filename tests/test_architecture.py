@@ -25,7 +25,11 @@ LAYERS = [
     ["_forms", "_fs", "_lifetime", "_machine", "_reducers", "_size_plans"],
     ["_keys", "_pickled", "_scratch", "_sizing"],
     ["abc"],
-    ["engines", "engines.*", "serializers", "serializers.*", "_memory", "_changes", "_records"],
+    ["_changes", "_entry"],
+    ["_memory"],
+    ["_native"],  # compiled
+    ["_hot"],
+    ["engines", "engines.*", "serializers", "serializers.*", "_records"],
     ["_reading"],
     ["_store"],
     ["_opening", "_spilling"],

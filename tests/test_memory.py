@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from chest._memory import ENTRY_BYTES, FREE_BYTES, Entry, MemoryTier
+from chest._hot import ENTRY_BYTES, Entry, MemoryTier
+from chest._memory import FREE_BYTES
 
 SMALL, MEDIUM, LARGE = 100, 10_000, 10_000_000
 

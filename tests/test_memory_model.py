@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from chest import _memory
-from chest._memory import ENTRY_BYTES, FREE_BYTES, Entry, MemoryTier
+from chest import _entry, _memory
+from chest._hot import ENTRY_BYTES, Entry, MemoryTier
+from chest._memory import FREE_BYTES
 
 
 class Paper:
@@ -103,10 +104,11 @@ class _Interrupter:
                 raise _Interrupt
 
 
-OPERATIONS: dict[str, Callable[[MemoryTier], object]] = {
-    "add": lambda tier: tier.add(Entry("new", None, 5)),
-    "overwrite": lambda tier: tier.add(Entry("k3", None, 7, True)),
-    "overwrite what is stuck": lambda tier: tier.add(Entry("stuck", None, 7, True)),
+# Only what is written in Python can be interrupted.
+OPERATIONS: dict[str, Callable[[_memory.MemoryTier], object]] = {
+    "add": lambda tier: tier.add(_entry.Entry("new", None, 5)),
+    "overwrite": lambda tier: tier.add(_entry.Entry("k3", None, 7, True)),
+    "overwrite what is stuck": lambda tier: tier.add(_entry.Entry("stuck", None, 7, True)),
     "remove": lambda tier: tier.remove("k3"),
     "remove what is stuck": lambda tier: tier.remove("stuck"),
     "resize": lambda tier: tier.resize(tier.entries["k3"], 12_345),
@@ -122,11 +124,11 @@ OPERATIONS: dict[str, Callable[[MemoryTier], object]] = {
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_interrupt_anywhere_in_an_operation_leaves_the_tier_whole(name: str) -> None:
     for n in count():
-        tier = MemoryTier(0)
+        tier = _memory.MemoryTier(0)
         for i in range(6):
-            tier.add(Entry(f"k{i}", None, 10 ** (i + 1), True))
-        tier.add(Entry("stuck", None, 9, True))
-        tier.add(Entry("clean", None, 10_000))
+            tier.add(_entry.Entry(f"k{i}", None, 10 ** (i + 1), True))
+        tier.add(_entry.Entry("stuck", None, 9, True))
+        tier.add(_entry.Entry("clean", None, 10_000))
         tier.entries["k2"].hot = True
         tier.keep(tier.entries["stuck"])
         tier.victims(tier.usage - 1)
@@ -183,14 +185,12 @@ class Machine(RuleBasedStateMachine):
         self.tier = MemoryTier(10**6)
         self.sizes: dict[int, int] = {}
         self.stuck: set[int] = set()
-        self.free = _memory.FREE_BYTES
+        self.free = FREE_BYTES
 
     @initialize(free=st.sampled_from([0, 1000, FREE_BYTES]))
     def begin(self, free: int) -> None:
-        _memory.FREE_BYTES = free  # type: ignore[misc]
-
-    def teardown(self) -> None:
-        _memory.FREE_BYTES = self.free  # type: ignore[misc]
+        self.free = free
+        self.tier = MemoryTier(10**6, free)
 
     def entry(self, key: int) -> Entry | None:
         return self.tier.entries.get(key)
@@ -249,7 +249,7 @@ class Machine(RuleBasedStateMachine):
         def usage_without(keys: set[int]) -> int:
             left = tier.entries.keys() - keys
             bookkeeping = sum(costs[key] - self.sizes[key] for key in left)
-            return sum(self.sizes[key] for key in left) + max(0, bookkeeping - _memory.FREE_BYTES)
+            return sum(self.sizes[key] for key in left) + max(0, bookkeeping - self.free)
 
         assert usage_without(picked) <= goal or picked == self.sizes.keys() - self.stuck - {spared}
         if batch:
@@ -295,7 +295,7 @@ class Machine(RuleBasedStateMachine):
         assert tier.stuck_bytes == sum(self.sizes[key] for key in self.stuck)
         assert len(tier) == len(self.sizes)
         bookkeeping = sum(sys.getsizeof(key) + ENTRY_BYTES for key in self.sizes)
-        assert tier.usage == sum(self.sizes.values()) + max(0, bookkeeping - _memory.FREE_BYTES)
+        assert tier.usage == sum(self.sizes.values()) + max(0, bookkeeping - self.free)
 
 
 TestMachine = Machine.TestCase

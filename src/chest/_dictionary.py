@@ -6,7 +6,7 @@ import contextlib
 from _thread import get_ident
 from abc import abstractmethod
 from collections.abc import Hashable, ItemsView, Iterable, Iterator, KeysView, Mapping, MutableMapping, ValuesView
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 from . import _views
 from ._keeper import Keeper
@@ -35,36 +35,36 @@ class Dictionary(Keeper, MutableMapping[K, V], Generic[K, V]):
         with self.lock:
             yield self
 
-    def __getitem__(self, key: K) -> V:
-        entry = self._entries.get(key)
-        if entry is not None and self._generation[0] == self._seen and entry.epoch == self._epoch:
-            entry.hot = True
-            self._hits += 1
-            value: V = entry.value
-            return value
+    if TYPE_CHECKING:  # these are `State`'s, which take the short way where there is one, and else call those below
+
+        def __getitem__(self, key: K) -> V: ...
+        def __setitem__(self, key: K, value: V) -> None: ...
+        def __delitem__(self, key: K) -> None: ...
+        def __contains__(self, key: object) -> bool: ...
+
+    def _get_slowly(self, key: Any) -> Any:
         if self._transaction is not None:
             here = self._here()
             if here is not self:
-                value = here[key]
-                return value
-        value = self._miss(key) if entry is None else self._hit_after_change(key, entry)
-        return value
+                return here[key]
+        entry = self._entries.get(key)
+        return self._miss(key) if entry is None else self._hit_after_change(key, entry)
 
-    def __setitem__(self, key: K, value: V) -> None:
+    def _set_slowly(self, key: Any, value: Any) -> None:
         keeper = self if self._transaction is None else self._here()
         with keeper.lock:
             keeper._set(key, value)
             if keeper._write_through:
                 keeper._write_through_now(key)
 
-    def __delitem__(self, key: K) -> None:
+    def _delete_slowly(self, key: Any) -> None:
         keeper = self._here()
         with keeper.lock:
             keeper._delete(key)
             if keeper._write_through:
                 keeper._write_through_now(key)
 
-    def __contains__(self, key: object) -> bool:
+    def _contains_slowly(self, key: object) -> bool:
         return self._here()._has(key)
 
     def __len__(self) -> int:

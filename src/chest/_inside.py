@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from ._dictionary import Dictionary
-from ._memory import Entry
+from ._hot import Entry
 from ._records import Adopted, Loaded, Unwritten, Written
 from ._store import Store
 from .abc import Index

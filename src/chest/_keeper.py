@@ -23,8 +23,8 @@ import logging
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
+from ._hot import Entry
 from ._keys import name_of
-from ._memory import Entry
 from ._records import Loaded
 from ._sizing import nbytes
 from ._spilling import Spiller, size_of
@@ -96,15 +96,19 @@ class Keeper(Spiller):
                     return entry.value
             loaded = self._load(key)
             if loaded is None:
-                missing = getattr(type(self), "__missing__", None)
-                if missing is None:
-                    raise KeyError(key)
-                return missing(self, key)
+                return self._absent(key)
             self._misses += 1
             if self._on_miss is not None:
                 self._on_miss(key)
             self._admit(key, loaded, lent=True)
             return loaded.value
+
+    def _absent(self, key: Any) -> Any:
+        """What there is instead of a key that is not there."""
+        missing = getattr(type(self), "__missing__", None)
+        if missing is None:
+            raise KeyError(key)
+        return missing(self, key)
 
     def _load(self, key: Hashable) -> Loaded | None:
         if key in self._tombs:
@@ -114,23 +118,27 @@ class Keeper(Spiller):
 
     def _admit(self, key: Any, loaded: Loaded, *, lent: bool) -> None:
         """A value from the store comes into the memory tier, and others leave for it."""
-        tier = self._tier
+        tier, epoch = self._tier, self._epoch
         size = size_of(loaded.value, loaded.baseline)
         if size <= tier.limit:
             if self._lent or tier.usage + size > tier.limit:
-                error = self._shrink(size)
-                if error is not None:
-                    _log.warning("chest at %s: %s", self._store.path, str(error))  # the error itself would keep values alive
-            entry = self._entry_of(key, loaded, size, lent)
+                self._make_room(size)  # as in `_lend`
+            entry = self._entry_of(key, loaded, size, epoch, lent)
             tier.add(entry)
             if tier.usage > tier.limit:  # the bookkeeping counts too
                 self._shrink(0, entry)
         elif lent:
             self._lend(key, loaded)
 
-    def _entry_of(self, key: Any, loaded: Loaded, size: int, lent: bool) -> Entry:
+    def _make_room(self, size: int) -> None:
+        error = self._shrink(size)
+        if error is not None:
+            _log.warning("chest at %s: %s", self._store.path, str(error))  # the error itself would keep values alive
+
+    def _entry_of(self, key: Any, loaded: Loaded, size: int, epoch: int, lent: bool) -> Entry:
+        """An entry for what was read in this epoch: in the next one somebody else may have written the key."""
         value, record, baseline = loaded
-        return Entry(key, value, size, False, record[1], self._epoch, lent, baseline, False, True, record[0])
+        return Entry(key, value, size, False, record[1], epoch, lent, baseline, False, True, record[0])
 
     def _has(self, key: Any) -> bool:
         with self.lock:
@@ -164,9 +172,10 @@ class Keeper(Spiller):
 
     def _lend(self, key: Any, loaded: Loaded) -> Any:
         """Hand out a value that is not in the memory tier, and watch it if it can be changed."""
-        self._poll()
+        epoch = self._epoch
+        self._poll()  # which may write, and so tell of what others have written since this was read
         if loaded.baseline is not None:
-            self._lent[key] = self._entry_of(key, loaded, 0, True)
+            self._lent[key] = self._entry_of(key, loaded, 0, epoch, True)
         return loaded.value
 
     # --- writing

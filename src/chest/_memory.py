@@ -42,9 +42,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from sys import getsizeof
-from typing import Any, Final
+from typing import Final
 
-__all__ = ["ENTRY_BYTES", "FREE_BYTES", "Entry", "MemoryTier"]
+from ._entry import ENTRY_BYTES, Entry
+
+__all__ = ["BREAK_EVEN", "FREE_BYTES", "MemoryTier"]
 
 N_CLASSES: Final = 16
 MAX_USES: Final = 4
@@ -58,60 +60,6 @@ _PICKED: Final = N_CLASSES + 1
 _STUCK: Final = N_CLASSES + 2
 _NEVER: Final = 1 << 200  # the head of an empty queue; beyond any L
 _VALUES: Final = (*(1 << i for i in range(N_CLASSES)), -_NEVER)
-
-
-class Entry:
-    """One value in memory. The owner fills it, the tier queues it.
-
-    Attributes:
-        key: the user's key; when an entry replaces another, the key object of the first.
-        value: the user's value.
-        size: bytes of the value; to be changed by ``MemoryTier.resize`` only.
-        dirty: it is not written yet. ``MemoryTier.mark`` changes it and the class; without it, the class follows when
-            the entry is next queued.
-        hot: it was hit since it was queued. Set by hits, without a lock; cleared by the tier.
-        f: how often it was used, 0 to 4, counted in second chances.
-        alive: it is in a tier.
-        lent: it was handed out since its baseline was taken. The tier sets it when it clears ``hot``.
-        seq, version, epoch, baseline, fresh, stored: the owner's, only kept here.
-    """
-
-    __slots__ = (
-        "L", "alive", "baseline", "dirty", "epoch", "f", "fresh", "hot", "key", "key_bytes", "klass", "lent",
-        "next", "prev", "seq", "size", "stored", "stuck", "value", "version",
-    )  # fmt: skip
-
-    L: int  # the floor when it was queued; it and the next four are unset until then
-    klass: int  # 0..15, or _PICKED or _STUCK (also while it waits in FIRST)
-    key_bytes: int  # kept, because the size of a key object can change (a str caches its UTF-8)
-    prev: Entry
-    next: Entry
-
-    # fmt: off
-    def __init__(
-        self, key: Any, value: Any, size: int, dirty: bool = False, seq: int = 0, epoch: int = 0, lent: bool = False,
-        baseline: Any = None, fresh: bool = False, stored: bool | None = None, version: int = 0,
-    ) -> None:
-        # fmt: on
-        self.key = key
-        self.value = value
-        self.size = size
-        self.dirty = dirty
-        self.hot = False
-        self.f = 0
-        self.alive = False
-        self.stuck = 0  # the round of `keep` it belongs to
-        self.seq = seq
-        self.epoch = epoch
-        self.lent = lent
-        self.baseline = baseline
-        self.fresh = fresh
-        self.stored = stored
-        self.version = version
-
-    def __repr__(self) -> str:
-        flags = " ".join(name for name in ("alive", "dirty", "hot", "lent") if getattr(self, name))
-        return f"<Entry {self.key!r}, {self.size} bytes, f={self.f} {flags}>"
 
 
 def _class(size: int, uses: int) -> int:
@@ -129,14 +77,6 @@ def _end(klass: int) -> Entry:
     return end
 
 
-def _entry_bytes() -> int:
-    """What an entry takes beside its key and value: itself, the integers that it alone holds, its slot in the dict."""
-    slots = [getsizeof(dict.fromkeys(range(n))) / n for n in (1365, 1366)]  # of a dict as full, and as empty, as can be
-    integers = 3 * getsizeof(1 << 40)  # size, seq, L
-    return getsizeof(Entry(None, None, 0)) + integers + int(sum(slots) / 2)
-
-
-ENTRY_BYTES: Final = _entry_bytes()
 _NOWHERE: Final = _end(_STUCK + 1)  # neighbour of entries that are in no list
 
 
@@ -153,7 +93,7 @@ class MemoryTier:
     """
 
     __slots__ = (
-        "_L", "_bookkeeping", "_ends", "_heads", "_round", "_values", "entries", "limit", "on_second_chance",
+        "_L", "_bookkeeping", "_ends", "_free", "_heads", "_round", "_values", "entries", "limit", "on_second_chance",
         "stuck_bytes", "usage",
     )  # fmt: skip
 
@@ -162,8 +102,9 @@ class MemoryTier:
     _bookkeeping: int  # bytes of the entries and keys
     _round: int  # counts calls of `retry`: an entry is stuck if it was kept in this round
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, free_bytes: int = FREE_BYTES) -> None:
         self.entries: dict[Hashable, Entry] = {}
+        self._free = free_bytes  # of the bookkeeping, which do not count
         self.limit = limit
         self.on_second_chance: Callable[[Entry], object] | None = None
         self._round = 1
@@ -209,7 +150,7 @@ class MemoryTier:
             tail.next = end.prev = entry
             values = self._values = self._values + size
             total = self._bookkeeping = self._bookkeeping + key_bytes + ENTRY_BYTES
-            self.usage = values + total - FREE_BYTES if total > FREE_BYTES else values
+            self.usage = values + total - self._free if total > self._free else values
         else:
             # It takes the very place of the old one, and is queued anew from there.
             more = entry.size - old.size
@@ -255,8 +196,18 @@ class MemoryTier:
             entry.stuck = 0
         values = self._values = self._values - entry.size
         total = self._bookkeeping = self._bookkeeping - entry.key_bytes - ENTRY_BYTES
-        self.usage = values + total - FREE_BYTES if total > FREE_BYTES else values
+        self.usage = values + total - self._free if total > self._free else values
         return entry
+
+    def let_go(self, batch: list[Entry]) -> list[Entry]:
+        """Remove those of a batch that are clean and cannot change; the others are returned. O(1) for each."""
+        others = []
+        for entry in batch:
+            if entry.alive and not entry.dirty and entry.baseline is None:
+                self.remove(entry.key)
+            else:
+                others.append(entry)
+        return others
 
     def resize(self, entry: Entry, size: int) -> None:
         """The value takes ``size`` bytes; its entry is queued anew and may be picked, even if it was kept before. O(1).
@@ -298,7 +249,7 @@ class MemoryTier:
         batch: list[Entry] = []
         if self.usage <= target:
             return batch
-        ends, heads = self._ends, self._heads
+        ends, heads, free = self._ends, self._heads, self._free
         picked = ends[_PICKED]
         if picked.next is not picked:
             self._splice_first(picked)
@@ -306,7 +257,7 @@ class MemoryTier:
         while True:
             left = self._values - picked_values
             bookkeeping = self._bookkeeping - picked_bookkeeping
-            if (left + bookkeeping - FREE_BYTES if bookkeeping > FREE_BYTES else left) <= target:
+            if (left + bookkeeping - free if bookkeeping > free else left) <= target:
                 break
             if heads[i] != least:  # else no other has become less: what is queued anew stands for more
                 least = min(heads)
@@ -447,4 +398,4 @@ class MemoryTier:
         assert stuck_bytes == self.stuck_bytes
         assert self._values == sum(entry.size for entry in queued.values())
         assert self._bookkeeping == sum(entry.key_bytes + ENTRY_BYTES for entry in queued.values())
-        assert self.usage == self._values + max(0, self._bookkeeping - FREE_BYTES)
+        assert self.usage == self._values + max(0, self._bookkeeping - self._free)

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from . import _lifetime, _scratch
-from ._memory import MemoryTier
+from ._hot import MemoryTier
 from ._opening import open_folder
 from ._sharing import Sharing
 from ._store import Store

@@ -20,8 +20,8 @@ from typing import Any, TypeVar, cast
 
 from . import _changes, _keys
 from ._dictionary import Dictionary
+from ._hot import Entry
 from ._inside import Inside
-from ._memory import Entry
 from .errors import ChestError, FailedError
 
 __all__ = ["Sharing"]

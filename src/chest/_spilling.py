@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from . import _changes
-from ._memory import Entry, MemoryTier
+from ._hot import Entry, MemoryTier, State, settle_rows
 from ._records import Baseline, Written
 from ._sizing import nbytes
 from ._store import Store
@@ -30,8 +30,10 @@ PINNED_BYTES = 4 << 20  # of values that are held by a part of them only, this m
 POLLED = 3  # lent values looked at with each operation: more than it can add
 
 
-class Spiller:
+class Spiller(State):
     """The state of a chest, and how values leave memory. Everything runs under ``lock``."""
+
+    _store: Store
 
     def __init__(self, store: Store, limit: int, lock: threading.RLock | None = None) -> None:
         self.lock = threading.RLock() if lock is None else lock
@@ -190,17 +192,14 @@ class Spiller:
                 for entry in unwritten:
                     self._on_overflow(entry.key)
             error = self._write(unwritten, failed)
-        remove = self._tier.remove
-        for entry in victims:
+        others = self._tier.let_go(victims)
+        self._spills += len(victims) - len(others)
+        for entry in others:
             if entry.dirty:
                 if entry.key in failed:  # the others come first next time
                     self._tier.keep(entry)
             elif entry.alive:
-                if entry.baseline is None:
-                    remove(entry.key)
-                    self._spills += 1
-                else:
-                    self._leave(entry)
+                self._leave(entry)
         for reason in failed.values():
             _log.warning("chest at %s: %s", self._store.path, str(reason))
         return error
@@ -278,20 +277,10 @@ class Spiller:
         for version, done, baselines in written.commits:
             # What is written may have been overwritten already, before the files had their names.
             epoch = self._epoch if version >= since else self._epoch - 1
-            for entry, baseline in zip(done, baselines, strict=True):
-                key = entry.key
-                if unsure.pop(key, None) is None and not entry.stored:
-                    self._n_new -= 1
-                dirty.pop(key, None)
-                entry.version = version
-                entry.baseline = baseline
-                entry.epoch = epoch
-                entry.stored = True
-                entry.fresh = False
-                if entry.stuck:
-                    mark(entry, False)
-                else:
-                    entry.dirty = False
+            n_new, stuck = settle_rows(done, baselines, dirty, unsure, version, epoch)
+            self._n_new -= n_new
+            for entry in stuck:
+                mark(entry, False)
             self._writes += len(done)
         if failed is not None:
             failed.update(written.failed)

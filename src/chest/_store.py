@@ -20,6 +20,7 @@ import xxhash
 
 from . import _fs, _keys, _pickled, errors
 from ._changes import is_immutable
+from ._hot import pack_rows, read_key
 from ._reading import Reader
 from ._records import (
     BLOB,
@@ -146,7 +147,23 @@ class Store(Reader):
         """Put values into a batch until it is full; False if they are all in it."""
         dumps, encode, fixed = self.codec.dumps, _keys.encode, is_immutable
         size, small = 0, 0 if self._files_only else 2 * SMALL
-        for item in items:
+        while True:
+            item, more = pack_rows(
+                items,
+                dumps,
+                self.codec.dumps_atom,
+                fixed,
+                _hash,
+                small,
+                SMALL,
+                COMMIT_BYTES - size,
+                batch.items,
+                batch.puts,
+                batch.baselines,
+            )
+            size += more
+            if item is None:
+                return size >= COMMIT_BYTES
             key, value = item.key, item.value
             try:
                 name, typed = encode(key) or (self.name(key, create=True) or b"", _keys.pickled_key(key))
@@ -164,7 +181,6 @@ class Store(Reader):
             size += len(body)
             if size >= COMMIT_BYTES:
                 return True
-        return False
 
     def _refusal(self, key: Any, value: Any, error: Exception) -> ChestError:
         """Why a value could not be written. Raises what concerns all of them."""
@@ -321,7 +337,9 @@ class Store(Reader):
         self, replaced: dict[bytes, Record], items: list[Any], puts: list[Row], deletes: Sequence[tuple[Any, bytes]]
     ) -> list[bytes]:
         """What has to be done after a commit that writes these puts and replaces these records."""
-        keys = {name: key for key, name in deletes} | {put[0]: item.key for item, put in zip(items, puts, strict=True)}
+        keys = {name: key for key, name in deletes} | {
+            put[0]: item.key for item, put in zip(items, puts, strict=True) if put[0] in replaced
+        }
         old = {
             name: (ref.blob, ref.label) if ref else ("", self.label(keys[name], name))
             for name, record in replaced.items()
@@ -419,7 +437,7 @@ class Store(Reader):
 
     def key(self, item: OrderItem) -> Any:
         """The key of an item of the order, with the type it was first set with."""
-        return _keys.decode(item.name, item.typed)
+        return read_key(item[1], item[2], _keys.decode)
 
     def close(self) -> None:
         self.blobs.close()

@@ -43,7 +43,7 @@ def walk(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, bytes 
         for item in page:
             while before(item.seq):
                 entry, at = own[at], at + 1
-                if entry.key in keeper:  # type: ignore[operator]  # it may have been deleted since
+                if entry.key in keeper:  # it may have been deleted since
                     yield entry.key, None
             if at < len(own) and own[at].seq == item.seq:
                 at += 1  # it has been written since, and this is it
@@ -53,7 +53,7 @@ def walk(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, bytes 
             yield key, item.name
         after = page[-1].seq
     for entry in own[at:]:
-        if entry.key in keeper:  # type: ignore[operator]
+        if entry.key in keeper:
             yield entry.key, None
 
 

@@ -84,8 +84,6 @@ class Chest(Portable[K, V]):
         ValueError, TypeError: nonsense in an argument.
     """
 
-    _closed = True  # until __init__ is through
-
     def __init__(
         self,
         data: Mapping[K, V] | Iterable[tuple[K, V]] | None = None,
@@ -144,6 +142,7 @@ class Chest(Portable[K, V]):
             raise
         super().__init__(store, limit)
         self._write_through = write_through
+        self._plain = on_miss is None
         self._on_miss = on_miss
         self._on_overflow = on_overflow
         self.open: Callable[..., Any] = open or builtins.open

@@ -25,6 +25,7 @@ import lmdb
 from xxhash import xxh3_64_digest as _digest
 
 from .. import _fs
+from .._hot import order_pairs, read_order, read_places, read_record, record_pairs
 from ..abc import Commit, Index, OrderItem, Put, Record
 from ..errors import ClosedError
 from . import _log, _reserve
@@ -44,12 +45,10 @@ __all__ = ["LmdbIndex"]
 _HEAD = struct.Struct("<QQB")
 _HEAD_SIZE = _HEAD.size
 _unpack = _HEAD.unpack_from
-_pack = _HEAD.pack
-_LENGTH = struct.Struct("<H")
 _new = tuple.__new__
 _inside = GATE.inside
 _FAILED = object()
-MANY = 5_000  # changes of one commit that nobody is told one by one
+MANY = 1_000  # changes of one commit that nobody is told one by one
 _PAGE_BYTES = 4 << 20  # a page of the order ends here, too: keys may be large
 
 
@@ -111,9 +110,8 @@ class LmdbIndex(Index):
         if data is _FAILED:
             data = env.read(lambda txn: txn.get(name, db=env.index))
             return None if data is None else self._record(name, data)
-        if _digest(name + data[:-8]) != data[-8:]:
-            self._refuse("a record", name)
-        return _new(Record, (*_unpack(data), data[_HEAD_SIZE:-8]))
+        record = read_record(Record, name, data, _digest)
+        return self._refuse("a record", name) if record is None else record
 
     def get_many(self, names: Sequence[bytes]) -> tuple[int, list[Record | None]]:
         """The version of one snapshot, and the records in it, in the order of ``names``."""
@@ -151,13 +149,8 @@ class LmdbIndex(Index):
                 room -= len(item[1])
             return found
 
-        items = []
-        for place, data in env.read(work):
-            if _digest(place + data[:-8]) != data[-8:]:
-                self._refuse("the order", place)
-            end = 2 + data[0] + (data[1] << 8)
-            items.append(_new(OrderItem, (int.from_bytes(place, "big"), data[2:end], data[end:-8])))
-        return items
+        items = read_order(OrderItem, env.read(work), _digest)
+        return self._refuse("the order", items) if isinstance(items, bytes) else items
 
     def names(self, prefix: bytes) -> list[bytes]:
         """All names with this prefix, sorted."""
@@ -293,12 +286,8 @@ class LmdbIndex(Index):
         newcomers = [put for put in puts if put[0] not in seqs] if seqs else list(puts)
         if newcomers:
             self._give_places(order, newcomers, seqs)
-        pack, digest = _pack, _digest
         if batch:
-            records = (  # made one by one while LMDB takes them: a list would cost more than the work itself
-                (name, (data := pack(version, seqs[name], kind) + body) + digest(name + data))
-                for name, _, kind, body, _, _ in batch
-            )
+            records = record_pairs(version, seqs, batch, _digest)
             _, added = txn.cursor(env.index).putmulti(records, append=was_empty)
             if added != len(batch):
                 raise damaged(self._folder, "there are records without a place in the order")
@@ -318,17 +307,8 @@ class LmdbIndex(Index):
 
         A damaged record does not keep its key from being written or deleted.
         """
-        seqs: dict[bytes, int] = {}
-        noted: dict[bytes, Record] = {}
-        lost = set()
-        digest, unpack = _digest, _unpack
-        for name, data in txn.cursor(self._env.index).getmulti(names):
-            if digest(name + data[:-8]) == data[-8:]:
-                version, seqs[name], kind = unpack(data)
-                if kind:
-                    noted[name] = Record(version, seqs[name], kind, data[_HEAD_SIZE:-8])
-            else:
-                lost.add(name)
+        seqs, pairs, lost = read_places(txn.cursor(self._env.index).getmulti(names), _digest)
+        noted = {name: self._record(name, data) for name, data in pairs}
         if lost and order.first():  # their places stand in the order only
             for place, data in order.iternext():
                 name = data[2 : 2 + data[0] + (data[1] << 8)]
@@ -353,11 +333,7 @@ class LmdbIndex(Index):
                 taken.add(seq)
                 free = max(free, seq + 1)
         seqs.update(zip([put[0] for put in newcomers], places, strict=True))
-        pack, digest = _LENGTH.pack, _digest
-        items = (
-            (place, (data := pack(len(name)) + name + typed) + digest(place + data))
-            for (name, _, _, _, typed, _), place in zip(newcomers, map(_place, places), strict=True)
-        )
+        items = order_pairs(newcomers, places, _digest)
         _, added = order.putmulti(items, overwrite=False, append=appends)
         if added != len(newcomers):
             raise damaged(self._folder, "two keys have one place in the order")
@@ -413,10 +389,8 @@ class LmdbIndex(Index):
             ENVIRONMENTS.release(env)
 
     def _record(self, name: bytes, data: bytes) -> Record:
-        if _digest(name + data[:-8]) != data[-8:]:
-            self._refuse("a record", name)
-        record: Record = _new(Record, (*_unpack(data), data[_HEAD_SIZE:-8]))
-        return record
+        record = read_record(Record, name, data, _digest)
+        return self._refuse("a record", name) if record is None else record
 
     def _plain(self, what: str, key: bytes, data: bytes) -> bytes:
         if _digest(key + data[:-8]) != data[-8:]:

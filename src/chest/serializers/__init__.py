@@ -32,6 +32,9 @@ NAMES = ("pickle", "json", "marshal", "cloudpickle", "dill", "joblib")
 _GATHERED = 1 << 16  # bytes; larger writes go to the file as they are
 
 
+_pickle_atom = functools.partial(pickle.dumps, protocol=5)
+
+
 class Codec:
     """A serializer in the one form that the store uses.
 
@@ -40,6 +43,7 @@ class Codec:
         native: values are value files that map (the default pickle).
         dump, load: as the user gave them, or the module's.
         dumps, loads: from and to bytes, for values that are small.
+        dumps_atom: the same as ``dumps``, for text, bytes, numbers and None.
     """
 
     def __init__(self, name: str, dump: Dump, load: Load, *, text: bool = False, native: bool = False) -> None:
@@ -50,6 +54,7 @@ class Codec:
         self._text = text
         # Attributes and not methods: one call less on the hot paths.
         self.dumps: Callable[[Any], bytes] = _pickled.dumps if native else self._dumps
+        self.dumps_atom: Callable[[Any], bytes] = _pickle_atom if native else self._dumps
         self.loads: Callable[[Any], Any] = pickle.loads if native else self._loads
 
     @property

@@ -1,0 +1,281 @@
+"""The hot paths: what a hit, a set, and values by the thousand pass through, compiled where there was a compiler.
+
+The extension ``_native`` (its source is ``src/native``) has the same names and does the same as what stands here and in
+``_memory``; it is used if it was built and ``CHEST_PURE`` is not set in the environment. Whoever changes one changes both:
+the tests run on both.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterator
+from sys import getsizeof
+from typing import TYPE_CHECKING, Any
+
+from . import _changes, _entry, _memory
+from ._keys import name_of
+from ._size_plans import leaves
+from ._sizing import nbytes
+from .abc import OrderItem, Put, Record, Row
+
+__all__ = [
+    "COMPILED",
+    "ENTRY_BYTES",
+    "Entry",
+    "MemoryTier",
+    "State",
+    "order_pairs",
+    "pack_rows",
+    "read_key",
+    "read_order",
+    "read_places",
+    "read_record",
+    "record_pairs",
+    "settle_rows",
+]  # fmt: skip
+
+_HEAD = struct.Struct("<QQB")
+_HEAD_SIZE = _HEAD.size
+_LENGTH = struct.Struct("<H")
+_PLACE = struct.Struct(">Q")
+
+
+class _State:
+    """What the quickest calls of a chest need, and these calls.
+
+    ``_plain`` says that a set may take the short way: nobody has made it mean more than it does.
+    """
+
+    lock: Any
+    _tier: MemoryTier
+    _entries: dict[Any, Entry]
+    _dirty: dict[Any, Entry]
+    _unsure: dict[Any, Entry]
+    _tombs: dict[Any, bytes]
+    _lent: Any
+    _transaction: Any
+    _failed: Any
+    _generation: memoryview
+    _seen: int
+    _next_seq: int
+    _epoch: int
+    _hits: int
+    _misses: int
+    _store: Any
+    _salt: int
+    _closed = True  # until it is open
+    _write_through = False
+    _plain = False
+
+    def __getitem__(self, key: Any) -> Any:
+        entry = self._entries.get(key)
+        if entry is not None and entry.epoch == self._epoch and self._generation[0] == self._seen:
+            entry.hot = True
+            self._hits += 1
+            return entry.value
+        return self._get_slowly(key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._set_slowly(key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        self._delete_slowly(key)
+
+    def __contains__(self, key: object) -> bool:
+        return self._contains_slowly(key)
+
+    def _get_slowly(self, key: Any) -> Any:
+        raise NotImplementedError
+
+    def _set_slowly(self, key: Any, value: Any) -> None:
+        raise NotImplementedError
+
+    def _delete_slowly(self, key: Any) -> None:
+        raise NotImplementedError
+
+    def _contains_slowly(self, key: object) -> bool:
+        raise NotImplementedError
+
+
+def _pack_rows(
+    items: Iterator[Any],
+    dumps: Callable[[Any], bytes],
+    dumps_atom: Callable[[Any], bytes],
+    fixed: Callable[[Any], bool],
+    hash: Callable[[bytes], int],
+    limit: int,
+    small: int,
+    budget: int,
+    done: list[Any],
+    rows: list[Row],
+    baselines: list[Any],
+) -> tuple[Any, int]:
+    """Serialize values with simple keys, one after another, until one is not that simple or ``budget`` bytes are reached.
+
+    Args:
+        items: what is to be written (``Unwritten``).
+        dumps: serializes a value to bytes.
+        dumps_atom: the same for text, bytes, numbers and None, which need no looking at; it may be quicker.
+        fixed: tells whether a value cannot change.
+        hash: of the bytes of one that can.
+        limit: values that take more memory are not simple.
+        small: neither are those that are serialized to this many bytes.
+        done, rows, baselines: where what was serialized is added.
+
+    Returns:
+        The item that was not simple (None if there was none), and the number of bytes added.
+    """
+    size = 0
+    for item in items:
+        key = item.key
+        if item.size >= limit or (type(key) is not str and type(key) is not int):
+            return item, size
+        try:
+            name = name_of(key)
+            body = dumps(item.value)
+            if name is None or name[0] == _HASHED or len(body) >= small:
+                return item, size
+            baseline = None if fixed(item.value) else hash(body)
+        except Exception:  # it is tried again by those who can say what is wrong with it
+            return item, size
+        done.append(item)
+        rows.append((name, item.seq, 0, body, b"", item.fresh))
+        baselines.append(baseline)
+        size += len(body)
+        if size >= budget:
+            break
+    return None, size
+
+
+def _record_pairs(
+    version: int, seqs: dict[bytes, int], rows: list[Put], digest: Callable[[bytes], bytes]
+) -> Iterator[tuple[bytes, bytes]]:
+    """Names and records as they lie in the index; made one by one while LMDB takes them."""
+    pack = _HEAD.pack
+    return (
+        (name, (data := pack(version, seqs[name], kind) + body) + digest(name + data)) for name, _, kind, body, _, _ in rows
+    )
+
+
+def _order_pairs(rows: list[Put], places: list[int], digest: Callable[[bytes], bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """Places and names as they lie in the order."""
+    pack = _LENGTH.pack
+    return (
+        (place, (data := pack(len(name)) + name + typed) + digest(place + data))
+        for (name, _, _, _, typed, _), place in zip(rows, map(_PLACE.pack, places), strict=True)
+    )
+
+
+def _read_record(kind: type[Record], name: bytes, data: bytes, digest: Callable[[bytes], bytes]) -> Record | None:
+    """The record that lies in the index under this name, None if it is not what was written."""
+    if len(data) < _HEAD_SIZE + 8 or digest(name + data[:-8]) != data[-8:]:
+        return None
+    return tuple.__new__(kind, (*_HEAD.unpack_from(data), data[_HEAD_SIZE:-8]))
+
+
+def _read_order(
+    kind: type[OrderItem], pairs: list[tuple[bytes, bytes]], digest: Callable[[bytes], bytes]
+) -> list[OrderItem] | bytes:
+    """A part of the order; or the first place in it where there is not what was written."""
+    items = []
+    for place, data in pairs:
+        if len(place) != 8 or len(data) < 10 or digest(place + data[:-8]) != data[-8:]:
+            return place
+        end = 2 + data[0] + (data[1] << 8)
+        if end > len(data) - 8:
+            return place
+        items.append(tuple.__new__(kind, (int.from_bytes(place, "big"), data[2:end], data[end:-8])))
+    return items
+
+
+def _read_places(
+    pairs: list[tuple[bytes, bytes]], digest: Callable[[bytes], bytes]
+) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]], list[bytes]]:
+    """Of names and records: the places; those records that have something outside of the index; the names of the damaged."""
+    seqs: dict[bytes, int] = {}
+    noted: list[tuple[bytes, bytes]] = []
+    lost: list[bytes] = []
+    for name, data in pairs:
+        if len(data) < _HEAD_SIZE + 8 or digest(name + data[:-8]) != data[-8:]:
+            lost.append(name)
+            continue
+        _, seqs[name], kind = _HEAD.unpack_from(data)
+        if kind & 3:
+            noted.append((name, data))
+    return seqs, noted, lost
+
+
+def _read_key(name: bytes, typed: bytes, decode: Callable[[bytes, bytes], Any]) -> Any:
+    """The key that was encoded, by ``decode`` if it is not text."""
+    return decode(name, typed)
+
+
+def _settle_rows(
+    done: list[Any], baselines: list[Any], dirty: dict[Any, Any], unsure: dict[Any, Any], version: int, epoch: int
+) -> tuple[int, list[Any]]:
+    """Entries are written: they are clean, and not in ``dirty`` and ``unsure`` any more.
+
+    Returns:
+        How many of them had been known to be new, and those that were stuck, which are the memory tier's to mark.
+    """
+    n_new = 0
+    stuck = []
+    for entry, baseline in zip(done, baselines, strict=True):
+        key = entry.key
+        if unsure.pop(key, None) is None and not entry.stored:
+            n_new += 1
+        dirty.pop(key, None)
+        entry.version = version
+        entry.baseline = baseline
+        entry.epoch = epoch
+        entry.stored = True
+        entry.fresh = False
+        if entry.stuck:
+            stuck.append(entry)
+        else:
+            entry.dirty = False
+    return n_new, stuck
+
+
+_HASHED = ord("h")
+
+if TYPE_CHECKING:
+    from ._entry import Entry
+    from ._memory import MemoryTier
+
+    COMPILED: bool = False
+    State = _State
+    pack_rows, record_pairs, order_pairs, settle_rows = _pack_rows, _record_pairs, _order_pairs, _settle_rows
+    read_record, read_order, read_places, read_key = _read_record, _read_order, _read_places, _read_key
+else:
+    try:
+        if os.environ.get("CHEST_PURE"):
+            raise ImportError
+        from ._native import (
+            Entry,
+            MemoryTier,
+            State,
+            order_pairs,
+            pack_rows,
+            read_key,
+            read_order,
+            read_places,
+            read_record,
+            record_pairs,
+            settle_rows,
+        )
+
+        COMPILED = True
+    except ImportError:
+        Entry, MemoryTier, State = _entry.Entry, _memory.MemoryTier, _State
+        pack_rows, record_pairs, order_pairs, settle_rows = _pack_rows, _record_pairs, _order_pairs, _settle_rows
+        read_record, read_order, read_places, read_key = _read_record, _read_order, _read_places, _read_key
+        COMPILED = False
+
+if COMPILED:
+    ENTRY_BYTES: int = getsizeof(Entry(None, None, 0)) + _entry.SLOT_BYTES
+    """What an entry takes beside its key and value."""
+    State._setup(nbytes, leaves, _changes.is_immutable, ENTRY_BYTES)  # type: ignore[attr-defined]
+else:
+    ENTRY_BYTES = _entry.ENTRY_BYTES
