@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from chest import Chest
-from chest.engines import _lmdb, _log
+from chest.engines import _log
 from chest.errors import ChestError, ClosedError
 
 
@@ -89,7 +89,7 @@ def test_who_is_far_behind_is_still_told_every_key_that_is_there(
     chest: Chest[Any, Any], other: Chest[Any, Any], monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
     monkeypatch.setattr(_log, "KEPT", 3)
-    monkeypatch.setattr(_lmdb, "MANY", 20)
+    monkeypatch.setattr(_log, "MANY", 20)
     chest["untouched"] = 0
     chest.sync()
     changes = chest.changes(timeout=0)

@@ -18,6 +18,7 @@ __all__ = ["Reader"]
 
 _hash = xxhash.xxh3_64_intdigest
 _loaded = tuple.__new__
+ATOMS = frozenset((str, bytes, int, float, bool, type(None)))  # most small values, and it pays to look for them first
 
 
 class Reader:
@@ -44,6 +45,7 @@ class Reader:
         self._opener = opener
         self._files_only = loose is None or opener is not None or label is not None
         self._loose = loose or 0
+        self.bare = True  # what the codec makes of a small value is what lies in the index
         self._verify = verify
         self._folds = folds
         self._opaque: dict[Any, bytes] | None = None
@@ -180,7 +182,7 @@ class Reader:
             value = self.codec.loads(body)
         except Exception as error:
             raise self._unloadable(key, error) from error
-        return _loaded(Loaded, (value, record, None if _changes.is_immutable(value) else body))
+        return _loaded(Loaded, (value, record, None if type(value) in ATOMS or _changes.is_immutable(value) else body))
 
     def _read_blob(self, key: Hashable, ref: Ref, record: Record) -> Loaded:
         path = self.blobs.path(ref.blob, ref.label)

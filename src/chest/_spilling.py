@@ -16,7 +16,7 @@ from typing import Any
 
 from . import _changes
 from ._hot import Entry, MemoryTier, State, settle_rows
-from ._records import Baseline, Written
+from ._records import COMMIT_BYTES, SMALL, Baseline, Written
 from ._sizing import nbytes
 from ._store import Store
 from .errors import ChestError, ClosedError, FailedError, SerializeError, WriteError, short
@@ -191,7 +191,7 @@ class Spiller(State):
             if self._on_overflow is not None:
                 for entry in unwritten:
                     self._on_overflow(entry.key)
-            error = self._write(unwritten, failed)
+            error = self._write(self._with_others(unwritten), failed)
         others = self._tier.let_go(victims)
         self._spills += len(victims) - len(others)
         for entry in others:
@@ -203,6 +203,24 @@ class Spiller(State):
         for reason in failed.values():
             _log.warning("chest at %s: %s", self._store.path, str(reason))
         return error
+
+    def _with_others(self, unwritten: list[Entry]) -> list[Entry]:
+        """What has to be written, and other small values that will have to be soon: they stay, but the commit is paid for.
+
+        A commit costs a sync and a copy of every page that it touches; the more values share it, the less does each cost.
+        """
+        room = COMMIT_BYTES - sum(entry.size for entry in unwritten)
+        if room <= 0 or self._transactions or len(self._dirty) <= len(unwritten):
+            return unwritten
+        chosen = {id(entry) for entry in unwritten}
+        others = []
+        for entry in self._dirty.values():
+            if entry.size < SMALL and not entry.stuck and id(entry) not in chosen:
+                room -= entry.size
+                if room < 0:
+                    break
+                others.append(entry)
+        return unwritten + others
 
     def _forget(self, entry: Entry) -> None:
         self._tier.remove(entry.key)

@@ -145,13 +145,13 @@ class Store(Reader):
 
     def _serialize(self, items: Iterator[Unwritten], batch: _Batch, failed: dict[Any, ChestError]) -> bool:
         """Put values into a batch until it is full; False if they are all in it."""
-        dumps, encode, fixed = self.codec.dumps, _keys.encode, is_immutable
+        dumps, dumps_atom, encode, fixed = self.codec.dumps, self.codec.dumps_atom, _keys.encode, is_immutable
         size, small = 0, 0 if self._files_only else 2 * SMALL
         while True:
             item, more = pack_rows(
                 items,
                 dumps,
-                self.codec.dumps_atom,
+                dumps_atom,
                 fixed,
                 _hash,
                 small,

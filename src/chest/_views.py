@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from ._keeper import Keeper
+    from .abc import Record
 
 __all__ = ["Items", "Keys", "Values", "walk"]
 
@@ -21,7 +22,8 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 PAGE = 1000  # keys read at a time
-BATCH = 64  # records read at a time: at 64 KiB each they are 4 MiB
+BATCH = 64  # records read at a time, to begin with: at 64 KiB each they are 4 MiB
+BATCH_BYTES = 1 << 20  # of small ones as many as make this, or a page
 
 
 def walk(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, bytes | None]]:
@@ -63,19 +65,27 @@ def walk_items(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, 
     keeper._take_all_changes()
     pairs = walk(keeper, reverse=reverse)
     entries, lent, tombs, store = keeper._entries, keeper._lent, keeper._tombs, keeper._store
-    while batch := list(islice(pairs, BATCH)):
+    size = BATCH
+    while batch := list(islice(pairs, size)):
         wanted = [n for k, n in batch if n is not None and k not in entries and k not in lent]
         with keeper.lock:
             keeper._usable()
-            state = _state(keeper)
+            state = n_commits, generation = _state(keeper)
             found = store.index.get_many(wanted)[1] if wanted else []
-        records = {n: record for n, record in zip(wanted, found, strict=True) if record is not None}
+        records = dict(zip(wanted, found, strict=True))
+        size = _next_size(found)
         for key, name in batch:
-            record = records.pop(name, None) if name is not None else None
+            record = None if name is None else records.pop(name, None)
             loaded = None
-            if record is not None and state != _state(keeper):
-                record = None  # it may be an older one by now
-            if record is not None and name is not None and key not in entries and key not in lent and key not in tombs:
+            if (
+                record is not None
+                and name is not None
+                and n_commits == keeper._n_commits  # else it may be an older one by now
+                and generation == store.index.generation[0]
+                and key not in entries
+                and key not in lent
+                and key not in tombs
+            ):
                 loaded = store.decode_for(key, name, record)
                 if loaded is not None and loaded[2] is None:  # it cannot be changed, so nobody needs to watch it
                     yield key, loaded[0]
@@ -92,6 +102,12 @@ def walk_items(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, 
                 loaded = None
             yield key, value
             del value
+
+
+def _next_size(records: list[Record | None]) -> int:
+    """How many records to read next: a few MiB of them, if they are as large as these."""
+    n_bytes = sum([len(record[3]) for record in records if record is not None])
+    return max(BATCH, min(PAGE, BATCH_BYTES * len(records) // (n_bytes + 1)))
 
 
 def _state(keeper: Keeper) -> tuple[int, int]:

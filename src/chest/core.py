@@ -142,7 +142,7 @@ class Chest(Portable[K, V]):
             raise
         super().__init__(store, limit)
         self._write_through = write_through
-        self._plain = on_miss is None
+        self._plain = on_miss is None and store.bare
         self._on_miss = on_miss
         self._on_overflow = on_overflow
         self.open: Callable[..., Any] = open or builtins.open

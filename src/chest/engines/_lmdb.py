@@ -48,7 +48,6 @@ _unpack = _HEAD.unpack_from
 _new = tuple.__new__
 _inside = GATE.inside
 _FAILED = object()
-MANY = 1_000  # changes of one commit that nobody is told one by one
 _PAGE_BYTES = 4 << 20  # a page of the order ends here, too: keys may be large
 
 
@@ -275,7 +274,7 @@ class LmdbIndex(Index):
         was_empty = _count(txn, env.order) == 0
         seqs, noted = ({}, {}) if was_empty else self._old(txn, order, names)
         deleted = [name for name in deletes if name in seqs]
-        changed = [(put[0], put[4]) for put in puts] if len(puts) < MANY else []
+        changed = [(put[0], put[4]) for put in puts] if len(puts) < _log.MANY else []
         for name in deleted:
             txn.delete(name, db=env.index)
             place = txn.pop(_place(seqs[name]), db=env.order)

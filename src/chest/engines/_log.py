@@ -16,9 +16,10 @@ from xxhash import xxh3_64_digest as _digest
 
 from ._cursors import place as place_of
 
-__all__ = ["remember", "since"]
+__all__ = ["MANY", "remember", "since"]
 
 KEPT = 256  # commits
+MANY = 1_000  # changes of one commit that nobody is told one by one
 MOST = 32 << 10  # bytes for one of them
 
 _ITEM = struct.Struct("<HI")
@@ -30,7 +31,7 @@ def remember(txn: Any, db: Any, version: int, n_items: int, items: Iterable[tupl
     place = place_of(version)
     before = cursor.get(place)  # a transaction commits in several steps
     data = b""
-    if n_items * _ITEM.size < MOST and (before is None or len(before) > 8):
+    if n_items < MANY and (before is None or len(before) > 8):
         parts = [_ITEM.pack(len(name), len(typed)) + name + typed for name, typed in items]
         data = b"".join(parts) if before is None else b"".join([before[:-8], *parts])
         if len(data) > MOST:
