@@ -158,6 +158,24 @@ def test_what_was_only_read_is_pickled_once_to_see_that_it_has_not_changed(chest
     assert counts["write transactions"] == 0
 
 
+class Refuses:
+    asked = 0
+
+    def __reduce__(self) -> str:
+        Refuses.asked += 1
+        raise TypeError("not today")
+
+
+def test_a_value_that_cannot_be_written_is_not_tried_again_with_every_commit(chest: Chest[Any, Any]) -> None:
+    chest["bad"] = Refuses()
+    Refuses.asked = 0
+    counts = Counts(chest)
+    fill(chest, 20_000)
+    assert counts["write transactions"] > 5
+    assert 1 <= Refuses.asked <= 4
+    del chest["bad"]
+
+
 def test_len_and_opening_cost_the_same_however_many_keys_there_are(tmp_path: Path) -> None:
     found = []
     for n in (10, 20_000):

@@ -178,6 +178,25 @@ def test_a_part_that_is_held_keeps_its_value_watched(tmp_path: Path) -> None:
         assert c["d"] == {"rows": [1, 2]}
 
 
+def test_changes_of_what_was_written_along_with_others_are_kept(tmp_path: Path) -> None:
+    with Chest[str, Any](path=tmp_path / "c", available_memory=200_000) as c:
+        for i in range(100):
+            c[f"first{i}"] = "x" * 1_000
+        held = {f"held{i}": [i] for i in range(50)}
+        for key, value in held.items():
+            c[key] = value
+        dirty = set(c._dirty)
+        for i in range(120):
+            c[f"last{i}"] = "x" * 1_000
+        along = [key for key in held if key in dirty and key not in c._dirty and key in c._entries]
+        assert along  # written, and still in memory
+        for value in held.values():
+            value.append("changed")
+        del value
+    with Chest[str, Any](path=tmp_path / "c") as c:
+        assert {key: c[key] for key in held} == held
+
+
 def test_changes_in_a_loop_over_values_and_items_are_kept(tmp_path: Path) -> None:
     with Chest(path=tmp_path / "c", available_memory=0) as c:
         for i in range(300):

@@ -42,7 +42,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from sys import getsizeof
-from typing import Final
+from typing import Any, Final
 
 from ._entry import ENTRY_BYTES, Entry
 
@@ -208,6 +208,20 @@ class MemoryTier:
             else:
                 others.append(entry)
         return others
+
+    def queued(self, entries: dict[Any, Entry], largest: int, room: int) -> list[Entry]:
+        """Those of the entries, in this order, that are neither picked nor stuck and take at most ``largest`` bytes.
+
+        As many as take ``room`` bytes together. O(1) for each that is looked at.
+        """
+        found = []
+        for entry in entries.values():
+            if entry.alive and entry.klass < N_CLASSES and entry.size <= largest:
+                room -= entry.size
+                if room < 0:
+                    break
+                found.append(entry)
+        return found
 
     def resize(self, entry: Entry, size: int) -> None:
         """The value takes ``size`` bytes; its entry is queued anew and may be picked, even if it was kept before. O(1).

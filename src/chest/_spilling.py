@@ -166,7 +166,9 @@ class Spiller(State):
         if tier.usage <= target:
             return None
         victims = tier.victims(max(0, target - min(tier.limit // 4, SLACK_BYTES)), spare)
-        return self._evict(self._not_in_question(victims) if self._transactions else victims)
+        if self._transactions:
+            return self._evict(self._not_in_question(victims))
+        return self._evict(victims, COMMIT_BYTES)
 
     def _not_in_question(self, victims: list[Entry]) -> list[Entry]:
         """Those that can leave while another thread's transaction is open.
@@ -182,8 +184,12 @@ class Spiller(State):
                 sure.append(entry)
         return sure
 
-    def _evict(self, victims: list[Entry]) -> ChestError | None:
-        """Let entries leave memory, the changed ones by way of the store. What cannot be written stays."""
+    def _evict(self, victims: list[Entry], room: int = 0) -> ChestError | None:
+        """Let entries leave memory, the changed ones by way of the store. What cannot be written stays.
+
+        If something is written, so are other small values that will have to be soon, up to ``room`` bytes of both. They stay,
+        but are clean. A commit costs a sync and a copy of every page that it touches: the more share it, the less each pays.
+        """
         unwritten = [entry for entry in victims if entry.dirty or (entry.baseline is not None and self._find_change(entry))]
         error = None
         failed: dict[Any, ChestError] = {}
@@ -191,7 +197,14 @@ class Spiller(State):
             if self._on_overflow is not None:
                 for entry in unwritten:
                     self._on_overflow(entry.key)
-            error = self._write(self._with_others(unwritten), failed)
+            room -= sum([entry.size for entry in unwritten])
+            along = self._tier.queued(self._dirty, SMALL, room) if room > 0 else []
+            error = self._write(unwritten + along, failed)
+            for entry in along:
+                if entry.baseline is not None:  # whoever set it may still hold it
+                    entry.lent = True
+                elif entry.dirty and entry.key in failed:
+                    self._tier.keep(entry)
         others = self._tier.let_go(victims)
         self._spills += len(victims) - len(others)
         for entry in others:
@@ -203,24 +216,6 @@ class Spiller(State):
         for reason in failed.values():
             _log.warning("chest at %s: %s", self._store.path, str(reason))
         return error
-
-    def _with_others(self, unwritten: list[Entry]) -> list[Entry]:
-        """What has to be written, and other small values that will have to be soon: they stay, but the commit is paid for.
-
-        A commit costs a sync and a copy of every page that it touches; the more values share it, the less does each cost.
-        """
-        room = COMMIT_BYTES - sum(entry.size for entry in unwritten)
-        if room <= 0 or self._transactions or len(self._dirty) <= len(unwritten):
-            return unwritten
-        chosen = {id(entry) for entry in unwritten}
-        others = []
-        for entry in self._dirty.values():
-            if entry.size < SMALL and not entry.stuck and id(entry) not in chosen:
-                room -= entry.size
-                if room < 0:
-                    break
-                others.append(entry)
-        return unwritten + others
 
     def _forget(self, entry: Entry) -> None:
         self._tier.remove(entry.key)

@@ -566,6 +566,32 @@ Tier_let_go(Tier *self, PyObject *batch)
 }
 
 static PyObject *
+Tier_queued(Tier *self, PyObject *args)
+{
+    PyObject *entries;
+    long long largest, room;
+    if (!PyArg_ParseTuple(args, "O!LL:queued", &PyDict_Type, &entries, &largest, &room)) {
+        return NULL;
+    }
+    PyObject *found = PyList_New(0), *key, *value;
+    Py_ssize_t at = 0;
+    while (found != NULL && PyDict_Next(entries, &at, &key, &value)) {
+        Entry *entry = (Entry *)value;
+        if (Py_IS_TYPE(value, &Entry_Type) && entry->alive && entry->list < N_CLASSES && entry->size <= largest) {
+            room -= entry->size;
+            if (room < 0) {
+                break;
+            }
+            if (PyList_Append(found, value) < 0) {
+                Py_CLEAR(found);
+            }
+        }
+    }
+    (void)self;
+    return found;
+}
+
+static PyObject *
 Tier_resize(Tier *self, PyObject *args)
 {
     Entry *entry;
@@ -814,6 +840,7 @@ static PyMethodDef Tier_methods[] = {
     {"add", (PyCFunction)Tier_add, METH_O, NULL},
     {"remove", (PyCFunction)Tier_remove, METH_O, NULL},
     {"let_go", (PyCFunction)Tier_let_go, METH_O, NULL},
+    {"queued", (PyCFunction)Tier_queued, METH_VARARGS, NULL},
     {"resize", (PyCFunction)Tier_resize, METH_VARARGS, NULL},
     {"mark", (PyCFunction)(void (*)(void))Tier_mark, METH_VARARGS | METH_KEYWORDS, NULL},
     {"victims", (PyCFunction)(void (*)(void))Tier_victims, METH_VARARGS | METH_KEYWORDS, NULL},
