@@ -168,7 +168,7 @@ class Spiller(State):
         victims = tier.victims(max(0, target - min(tier.limit // 4, SLACK_BYTES)), spare)
         if self._transactions:
             return self._evict(self._not_in_question(victims))
-        return self._evict(victims, COMMIT_BYTES)
+        return self._evict(victims, COMMIT_BYTES, spare)
 
     def _not_in_question(self, victims: list[Entry]) -> list[Entry]:
         """Those that can leave while another thread's transaction is open.
@@ -184,11 +184,12 @@ class Spiller(State):
                 sure.append(entry)
         return sure
 
-    def _evict(self, victims: list[Entry], room: int = 0) -> ChestError | None:
+    def _evict(self, victims: list[Entry], room: int = 0, spare: Entry | None = None) -> ChestError | None:
         """Let entries leave memory, the changed ones by way of the store. What cannot be written stays.
 
         If something is written, so are other small values that will have to be soon, up to ``room`` bytes of both. They stay,
         but are clean. A commit costs a sync and a copy of every page that it touches: the more share it, the less each pays.
+        Not so ``spare``, which is being replaced.
         """
         unwritten = [entry for entry in victims if entry.dirty or (entry.baseline is not None and self._find_change(entry))]
         error = None
@@ -199,6 +200,8 @@ class Spiller(State):
                     self._on_overflow(entry.key)
             room -= sum([entry.size for entry in unwritten])
             along = self._tier.queued(self._dirty, SMALL, room) if room > 0 else []
+            if spare is not None and spare.dirty:
+                along = [entry for entry in along if entry is not spare]
             error = self._write(unwritten + along, failed)
             for entry in along:
                 if entry.baseline is not None:  # whoever set it may still hold it
