@@ -43,6 +43,8 @@ from .errors import ChestError, CorruptError, DiskFullError, FailedError, Serial
 
 __all__ = ["Store"]
 
+LARGE_INDEX = 64 << 20  # bytes; in a larger one each value may lie on a page of its own, which a commit holds in memory
+COMMIT_ITEMS = 4096  # so that it takes no more than this many there: 16 MiB of pages
 FEW = 16  # deletions that need no more room than an index keeps in reserve
 
 _Fill = Callable[[Iterator[Any], "_Batch", dict[Any, ChestError]], bool]
@@ -83,7 +85,8 @@ class Store(Reader):
     def write(self, items: Sequence[Unwritten], deletes: Iterable[tuple[Any, bytes]] = ()) -> Written:
         """Write values and deletions; what cannot be serialized is left out and reported.
 
-        All or nothing up to 4 MiB of small values; beyond that in several commits, in the order given. Durable on return.
+        All or nothing up to 4 MiB of small values (and, where the index is larger than 64 MiB, 4,096 of them); beyond that in
+        several commits, in the order given. Durable on return.
         On a full disk deletions go first, for the room that they make.
         """
         doomed = list(deletes)
@@ -147,9 +150,11 @@ class Store(Reader):
         """Put values into a batch until it is full; False if they are all in it."""
         dumps, dumps_atom, encode, fixed = self.codec.dumps, self.codec.dumps_atom, _keys.encode, is_immutable
         size, small = 0, 0 if self._files_only else 2 * SMALL
+        most = COMMIT_ITEMS if self.index.nbytes() > LARGE_INDEX else sys.maxsize
+        part, n_failed = islice(items, most), len(failed)
         while True:
             item, more = pack_rows(
-                items,
+                part,
                 dumps,
                 dumps_atom,
                 fixed,
@@ -163,7 +168,7 @@ class Store(Reader):
             )
             size += more
             if item is None:
-                return size >= COMMIT_BYTES
+                return size >= COMMIT_BYTES or len(batch.items) + len(failed) - n_failed >= most
             key, value = item.key, item.value
             try:
                 name, typed = encode(key) or (self.name(key, create=True) or b"", _keys.pickled_key(key))

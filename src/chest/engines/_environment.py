@@ -89,6 +89,7 @@ class Environment:
                     max_dbs=8,
                     max_readers=N_READERS,
                     max_spare_txns=0,
+                    readahead=False,  # where the index is larger than memory, 17 times faster to read at random
                     mode=0o600,
                     sync=self.sync,
                     metasync=True,
