@@ -171,7 +171,7 @@ def opening(name: str, folder: str, n: int) -> Iterator[Row]:
     yield "len", CANNOT if handle.count is None else (counted - read) * 1e6
     yield "open + get + len", CANNOT if handle.count is None else (counted - start) * 1e6
     yield "close", (closed - counted) * 1e6
-    yield "memory", grown / n
+    yield "memory", max(0, grown) / n
     yield "disk", disk_bytes(folder) / n
 
 

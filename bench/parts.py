@@ -25,11 +25,14 @@ class Part(NamedTuple):
 
     name: str
     title: str
-    runs: list[tuple[str, dict[str, int | str]]]  # workloads with their sizes; each a process; the columns of all are the part's
+    runs: list[
+        tuple[str, dict[str, int | str]]
+    ]  # workloads with their sizes; each a process; the columns of all are the part's
     contestants: list[str]
     columns: list[Column]
     ours: str = "chest"
     keeps_folder: bool = False  # the first round fills it, the others use it
+    exact: bool = False  # every round would give the same
     keys: int = 0  # how many; some contestants stop at fewer
 
     @property
@@ -40,16 +43,16 @@ class Part(NamedTuple):
 FAMILIES = {  # in the order of the page
     "pairs": (
         "Small values",
-        "Records of 100 B to 4 KB (1.1 KB on average: a number, a text, bytes). Memory for a tenth of them, 8 MiB at most; hits are "
-        "measured with 1 GiB. `fill` (new keys), `overwrite` and `delete` include closing the store. `cold read` is the first "
-        "read of a key in random order after opening, `mixed` is nine reads for a write by popularity (Zipf 1.0). `memory` is what "
-        "the process grew by while it filled.",
+        "Records of 100 B to 4 KB (1.1 KB on average: a number, a text, bytes). Memory for a tenth of them, 8 MiB at "
+        "most; hits are measured with 1 GiB. `fill` (new keys), `overwrite` and `delete` include closing the store. "
+        "`cold read` is the first read of a key in random order after opening, `mixed` is nine reads for a write by "
+        "popularity (Zipf 1.0). `memory` is what the process grew by while it filled.",
     ),
     "scaling": (
         "From ten thousand to ten million keys",
-        "Values of 100 bytes, 8 MiB of memory, each call timed by itself: does the cost of one grow with the number of keys, and how "
-        "long may a single one take? With a small page cache the store is several times as large as the memory that the kernel may "
-        "use for it.",
+        "Values of 100 bytes, 8 MiB of memory, each call timed by itself: does the cost of one grow with the number of "
+        "keys, and how long may a single one take? With a small page cache the store is several times as large as the "
+        "memory that the kernel may use for it.",
     ),
     "opening": (
         "Opening",
@@ -57,36 +60,42 @@ FAMILIES = {  # in the order of the page
     ),
     "arrays": (
         "Arrays",
-        "float64 arrays, memory for a quarter of them. `spill` includes closing the store. `first touch` reads one number of each "
-        "array after opening, `1 % read` a slice in its middle, `change 1 page` changes one number and makes that durable as far "
-        "as the contestant does. `memory` is the highest private memory while one array is written, without the array itself.",
+        "float64 arrays, memory for a quarter of them. `spill` includes closing the store. `first touch` reads one "
+        "number of each array after opening, `1 % read` a slice in its middle, `change 1 page` changes one number and "
+        "makes that durable as far as the contestant does. `memory` is the highest private memory while one array is "
+        "written, without the array itself.",
     ),
-    "frames": ("Data frames", "pandas frames of 20,000 rows: integers, floats and two columns of text. Memory for a quarter of them."),
+    "frames": (
+        "Data frames",
+        "pandas frames of 20,000 rows: integers, floats and two columns of text. Memory for a quarter of them.",
+    ),
     "nested": (
         "Nested containers",
-        "A dictionary of a list of 50 dictionaries with texts, lists, tuples. Where a library does not notice changes in place, the "
-        "value is set again.",
+        "A dictionary of a list of 50 dictionaries with texts, lists, tuples. Where a library does not notice changes "
+        "in place, the value is set again.",
     ),
     "limit": (
         "Keeping to the memory limit",
-        "Four times the limit is filled in, then read and written by popularity. Shown is the highest private memory above the limit and "
-        "above what the process had with an empty store; below 0 there was room left. `dict` shows what everything takes.",
+        "Four times the limit is filled in, then read and written by popularity. Shown is the highest private memory "
+        "above the limit and above what the process had with an empty store; below 0 there was room left. `dict` shows "
+        "what everything takes.",
     ),
     "processes": (
         "Several processes",
-        "1, 2 and 4 processes on one store; time by the clock for each operation of any of them. `count`: a shared counter is read "
-        "and one more written, nothing may be lost. `write`: 100 bytes, each committed. `read`: 1,000 keys in turn. `mixed`: one "
-        "process commits a write every hundred reads. rocksdict lets in one process, and the other peers lose updates.",
+        "1, 2 and 4 processes on one store; time by the clock for each operation of any of them. `count`: a shared "
+        "counter is read and one more written, nothing may be lost. `write`: 100 bytes, each committed. `read`: 1,000 "
+        "keys in turn. `mixed`: one process commits a write every hundred reads. rocksdict lets in one process, and the "
+        "other peers lose updates.",
     ),
     "eviction": (
         "Which values leave memory: simulated",
-        "What the misses and the unwritten victims of a policy cost on seeded traces (20 us + size at 1 GB/s each), against LRU. "
-        "GDQ is chest's own code.",
+        "What the misses and the unwritten victims of a policy cost on seeded traces (20 us + size at 1 GB/s each), "
+        "against LRU. GDQ is chest's own code.",
     ),
     "files": (
         "Which values leave memory: real files",
-        "The same policies, but each miss reads a file and each changed victim writes one. Seconds for the whole trace, memory for "
-        "10 % of the values.",
+        "The same policies, but each miss reads a file and each changed victim writes one. Seconds for the whole trace, "
+        "memory for 10 % of the values.",
     ),
 }
 
@@ -111,12 +120,24 @@ STORES = [
     "LMDB, 1 transaction",
     "dict",
 ]
+MANY = [
+    name for name in STORES if name not in ("diskcache.Index", "sqlitedict")
+]  # these take longest, and have a relative there
 FEW = ["chest", "rocksdict", "rocksdict, raw", "zict.Buffer, LMDB", "LMDB, 1 transaction"]  # for what takes long
 ARRAYS = ["chest", "chest, scratch", "chest 0.2.3", "zict.Buffer, File", "zict.Buffer, LMDB", "diskcache.Cache", "diskcache-rs"]
 ARRAYS += ["rocksdict", "joblib", "LMDB, 1 transaction"]
 FILES = ["write + fsync, np.load mapped", "write, np.load", "write, np.load mapped r+"]
 OBJECTS = ["chest", "chest 0.2.3", "zict.Buffer, File", "zict.Buffer, LMDB", "diskcache.Cache", "diskcache-rs", "rocksdict"]
-OBJECTS += ["sqlitedict", "persidict", "shelve, gnu", "shelve, sqlite3", "shelve, dumb", "joblib", "LMDB, 1 transaction", "dict"]
+OBJECTS += [
+    "sqlitedict",
+    "persidict",
+    "shelve, gnu",
+    "shelve, sqlite3",
+    "shelve, dumb",
+    "joblib",
+    "LMDB, 1 transaction",
+    "dict",
+]
 POLICIES = ["GDQ", "GDQ batch", "LRU", "FIFO", "CLOCK", "SIEVE", "GDSF (heap)"]
 PROCESSES = ["chest, write_through", "diskcache.Cache", "sqlitedict", "Valkey, appendfsync always", "Valkey"]
 PROCESSES += ["LMDB, 1 write a transaction"]
@@ -137,7 +158,10 @@ PAIRS = [
     Column("memory", MB, "It keeps nothing in memory but one small buffer; chest uses the memory that it was given."),
 ]
 OPENING = [
-    Column("open", why="It opens one file, or leaves the work to the first read; chest takes locks and looks for what a crash left."),
+    Column(
+        "open",
+        why="It opens one file, or leaves the work to the first read; chest takes locks and looks for what a crash left.",
+    ),
     Column("get"),
     Column("len"),
     Column("open + get + len"),
@@ -164,7 +188,9 @@ ARRAY_COLUMNS = [
     Column("memory", MB, "It hands the buffer to the system as it is."),
 ]
 OBJECT_COLUMNS = [
-    Column("write", why="It does not sync, or pickles alone; chest measures the value and remembers a hash to notice changes by."),
+    Column(
+        "write", why="It does not sync, or pickles alone; chest measures the value and remembers a hash to notice changes by."
+    ),
     Column("read", why="It unpickles alone; chest also checks a checksum and measures the value for the memory limit."),
     Column("change inside", why="It is told what has changed; chest looks through all that was handed out."),
 ]
@@ -190,16 +216,13 @@ def _count(n: int) -> str:
     return f"{n:,}"
 
 
-def _stores(n: int) -> list[str]:
-    return FEW if n >= 5_000_000 else STORES
-
-
 def _small(n: int) -> Part:
-    return Part(f"pairs {n}", f"{_count(n)} small values", [("pairs", {"n": n})], _stores(n), PAIRS, keys=n)
+    names = FEW if n >= 5_000_000 else MANY if n > 20_000 else STORES
+    return Part(f"pairs {n}", f"{_count(n)} small values", [("pairs", {"n": n})], names, PAIRS, keys=n)
 
 
 def _opening(n: int) -> Part:
-    names = [name for name in _stores(n) if CONTESTANTS[name].persists]
+    names = [name for name in (FEW if n >= 5_000_000 else STORES) if CONTESTANTS[name].persists]
     title = f"{_count(n)} keys"
     return Part(f"opening {n}", title, [("opening", {"n": n})], names, OPENING, keeps_folder=True, keys=n)
 
@@ -243,7 +266,9 @@ def _processes(divisor: int) -> Part:
 
 
 def _eviction(n: int) -> Part:
-    return Part(f"eviction {n}", f"{_count(n)} requests a trace", [("simulated", {"n": n})], POLICIES, [], ours="GDQ")
+    return Part(
+        f"eviction {n}", f"{_count(n)} requests a trace", [("simulated", {"n": n})], POLICIES, [], ours="GDQ", exact=True
+    )
 
 
 def _files(n: int) -> Part:
@@ -274,7 +299,7 @@ def parts(scale: str) -> list[Part]:
     if full:
         found += [_arrays(4, 1024)]
     found += [_objects("frames", 32 if default else 8), _objects("nested", 2_000 if default else 300)]
-    found += [_limit(64 if default else 16), _processes(1 if default else 10)]
+    found += [_limit(32 if default else 16), _processes(1 if default else 10)]
     found += [_eviction(100_000 if default else 10_000), _files(10_000 if default else 2_000)]
     return found
 

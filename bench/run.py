@@ -153,10 +153,12 @@ def run_parts(wanted: list[Part], args: argparse.Namespace, results: Results) ->
     """Measures the parts one after the other, and stores each as soon as it is through."""
     given = [*args.parts, *(["--" + args.scale] if args.scale != SCALES[1] else [])]
     given += [f"--only={word}" for word in args.only or []] + ([f"--rounds={args.rounds}"] if args.rounds else [])
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None  # of others: later it is this run's own
     for part in wanted:
         facts = machine(args.dir)
         facts["command"] = shlex.join(["python", "bench/run.py", *given])
-        facts["rounds"] = args.rounds or ROUNDS[args.scale]
+        facts["load_before"] = load
+        facts["rounds"] = 1 if part.exact else args.rounds or ROUNDS[args.scale]
         run = facts["date"] + " " + part.name
         names = [name for name in part.contestants if not args.only or name == part.ours or any(w in name for w in args.only)]
         start = time.monotonic()
@@ -165,7 +167,10 @@ def run_parts(wanted: list[Part], args: argparse.Namespace, results: Results) ->
         results.replace(part.name, cells)
         results.save()
         failed = {name: found.failure for name, found in cells.items() if found.failure}
-        print(f"{part.name}: {time.monotonic() - start:.0f} s" + "".join(f"\n    {n}: {why}" for n, why in failed.items()), flush=True)
+        print(
+            f"{part.name}: {time.monotonic() - start:.0f} s" + "".join(f"\n    {n}: {why}" for n, why in failed.items()),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
