@@ -116,7 +116,7 @@ def _cell(results: Results, part: Part, name: str, column: str, found: Cells, no
             return "-" + notes.mark(found.notes[column])
         if found.failure.startswith(ABSENT):
             return "-" + notes.mark(found.failure)
-        return "failed" + notes.mark(f"{name}: {found.failure or 'not reached'}")
+        return "failed" + notes.mark(f"{name}: {found.failure}") if found.failure else ""
     text = number(best)
     return f"**{text}**" if ahead(results, part, name, column) else text
 
@@ -180,11 +180,12 @@ def measured(results: Results, part: Part) -> list[str]:
     for name, cells in results.parts[part.name].items():
         runs.setdefault(cells.run, []).append(name)
     lines = []
+    most = max(runs, key=lambda run: len(runs[run]))
     for run, names in runs.items():
         facts: dict[str, Any] = results.runs.get(run, {})
         if not facts:
             continue
-        who = f" ({', '.join(names)})" if len(runs) > 1 else ""
+        who = "" if len(runs) == 1 else " (the others)" if run == most else f" ({'; '.join(names)})"
         rounds = f"best of {facts['rounds']} rounds" if facts["rounds"] > 1 else "one round"
         lines.append(f"Measured {facts['date']}{who}, `{facts['command']}`, {rounds}: {machine_line(facts)}")
     return ["  \n".join(lines), ""]

@@ -279,7 +279,7 @@ def _files(n: int) -> Part:
 def parts(scale: str) -> list[Part]:
     """What a run of this scale measures; the same part may belong to several."""
     default, full = scale != "quick", scale == "full"
-    found = [_small(10_000)]
+    found = [_small(1_000), _small(10_000)]
     if default:
         found += [_small(100_000)]
     if full:

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 from contestants import dumps
 from measuring import Row
 
-KEYS = [f"key{i}" for i in range(1000)]
 VALUE = "x" * 100
 TIMEOUT_S = 120
 
@@ -156,30 +155,30 @@ PROCESS_CONTESTANTS: dict[str, tuple[Callable[[str], Store], Callable[[str], Any
 }
 
 
-def _count(store: Store, n: int, i: int) -> None:
+def _count(store: Store, keys: list[str], n: int, i: int) -> None:
     for _ in range(n):
         store.increment("counter")
 
 
-def _write(store: Store, n: int, i: int) -> None:
+def _write(store: Store, keys: list[str], n: int, i: int) -> None:
     for j in range(n):
-        store.set(KEYS[(i * 17 + j) % 1000], VALUE)
+        store.set(keys[(i * 17 + j) % len(keys)], VALUE)
 
 
-def _read(store: Store, n: int, i: int) -> None:
+def _read(store: Store, keys: list[str], n: int, i: int) -> None:
     for j in range(n):
-        store.get(KEYS[(i * 17 + j * 7) % 1000])
+        store.get(keys[(i * 17 + j * 7) % len(keys)])
 
 
-def _read_beside_a_writer(store: Store, n: int, i: int) -> None:
+def _read_beside_a_writer(store: Store, keys: list[str], n: int, i: int) -> None:
     """The first process writes one key for a hundred that it reads; the others read."""
     for j in range(n):
         if i == 0 and j % 100 == 0:
-            store.set(KEYS[j // 100 % 1000], VALUE)
-        store.get(KEYS[(i * 17 + j * 7) % 1000])
+            store.set(keys[j // 100 % len(keys)], VALUE)
+        store.get(keys[(i * 17 + j * 7) % len(keys)])
 
 
-WORKS: dict[str, Callable[[Store, int, int], None]] = {
+WORKS: dict[str, Callable[[Store, list[str], int, int], None]] = {
     "count": _count,
     "write": _write,
     "read": _read,
@@ -187,19 +186,19 @@ WORKS: dict[str, Callable[[Store, int, int], None]] = {
 }
 
 
-def _process(name: str, where: str, work: str, n: int, i: int, gate: Any, end: Any) -> None:
+def _process(name: str, where: str, work: str, keys: list[str], n: int, i: int, gate: Any, end: Any) -> None:
     store = PROCESS_CONTESTANTS[name][0](where)
-    for key in KEYS[:100]:
+    for key in keys[:100]:
         store.get(key)
     gate.wait(TIMEOUT_S)
     start = time.perf_counter()
-    WORKS[work](store, n, i)
+    WORKS[work](store, keys, n, i)
     end.put((start, time.perf_counter()))
     gate.wait(TIMEOUT_S)
     store.close()
 
 
-def processes(name: str, folder: str, work: str, n_processes: int, n: int) -> Iterator[Row]:
+def processes(name: str, folder: str, work: str, n_processes: int, n: int, n_keys: int = 1000) -> Iterator[Row]:
     """``n`` operations by each process at the same time."""
     context = multiprocessing.get_context("spawn")
     gate, end = context.Barrier(n_processes), context.Queue()
@@ -207,9 +206,10 @@ def processes(name: str, folder: str, work: str, n_processes: int, n: int) -> It
     with place(folder) as where:
         store = make(where)
         store.set("counter", 0)
-        for key in KEYS:
+        keys = [f"key{i}" for i in range(n_keys)]
+        for key in keys:
             store.set(key, VALUE)
-        args = [(name, where, work, n, i, gate, end) for i in range(n_processes)]
+        args = [(name, where, work, keys, n, i, gate, end) for i in range(n_processes)]
         started = [context.Process(target=_process, args=a, daemon=True) for a in args]
         for process in started:
             process.start()

@@ -183,7 +183,7 @@ def _sqlitedict(folder: str, memory: int) -> Handle:
     return handle(db, close, flush=db.commit)
 
 
-@contestant("persidict", POWER, POWER, most=20_000, why_most="it makes a file for each key, and syncs it")
+@contestant("persidict", POWER, POWER, most=2_000, why_most="it makes a file for each key, and syncs it")
 def _persidict(folder: str, memory: int) -> Handle:
     from persidict import FileDirDict
 
