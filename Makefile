@@ -42,7 +42,7 @@ torture: $(VENV)/.stamp-test $(VENV)/.stamp-fuzz  ## every crash, fault and larg
 	CHEST_TORTURE=1 CHEST_COUNTS=$(CURDIR)/build/counts.jsonl $(PY) -m pytest -m "torture or slow" --durations=20 $(PYTEST_ARGS)
 	$(PY) scripts/reliability.py build/counts.jsonl docs/reliability.md
 
-bench: $(VENV)/.stamp-bench  ## side by side with other libraries, half an hour; draws docs/performance.md (BENCH_ARGS=--quick: minutes, --full: hours)
+bench: $(VENV)/.stamp-bench  ## side by side with other libraries: half an hour, or minutes with BENCH_ARGS=--quick; draws docs/performance.md
 	@$(PY) bench/run.py --get-peers || echo "without chest 0.2.3, which could not be fetched"
 	$(PY) bench/run.py $(BENCH_ARGS)
 

@@ -56,6 +56,7 @@ class Contestant(NamedTuple):
     open: Callable[[str, int], Handle]
     at_once: str  # what survives of which event as soon as `set` has returned: "nothing", "kill -9" or "power cut"
     closed: str  # the same once `close` has returned: "nothing", "kill -9" (and so a normal exit) or "power cut"
+    closed_large: str = ""  # the same of values that it writes to files of their own, if it is less
     persists: bool = True  # can be opened again
     in_place: bool = False  # what was changed in place needs not be set again
     limit: bool = False  # no library but what the machine allows: shown, not competed with
@@ -64,9 +65,8 @@ class Contestant(NamedTuple):
     why_most: str = ""  # because of this
     path: str = ""  # the folder of its packages, before all others
 
-    @property
-    def survives(self) -> str:
-        return f"{self.at_once} / {self.closed}"
+    def survives(self, large: bool) -> str:
+        return f"{self.at_once} / {(large and self.closed_large) or self.closed}"
 
 
 CONTESTANTS: dict[str, Contestant] = {}

@@ -68,7 +68,7 @@ class Notes:
 def survives(part: Part, name: str) -> str:
     if part.family == "processes" and name in PROCESS_CONTESTANTS:
         return PROCESS_CONTESTANTS[name][2]
-    return CONTESTANTS[name].survives if name in CONTESTANTS else ""
+    return CONTESTANTS[name].survives(part.family in ("arrays", "frames")) if name in CONTESTANTS else ""
 
 
 def is_peer(part: Part, name: str) -> bool:
@@ -99,6 +99,8 @@ def table(results: Results, part: Part, columns: list[tuple[str, str]]) -> list[
             absent.append(f"{name} ({found.failure})")
             continue
         row = [name if is_peer(part, name) or name in (part.ours, "chest, scratch") else f"*{name}*"]
+        if found.failure and not found.failure.startswith(ABSENT):
+            row[0] += notes.mark(f"{name}: {found.failure}")  # it may have failed in a later round only
         row += [survives(part, name)] if has_promise else []
         for column, _ in columns:
             row.append(_cell(results, part, name, column, found, notes))

@@ -72,8 +72,10 @@ def measure_once(workload: str, name: str, folder: str, sizes: dict[str, Any], t
         err.seek(0)
         said = [line for line in err.read().splitlines() if line.strip()]
     if process.returncode and not failure:
-        end = f"killed by signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
-        failure = said[-1][:200] if said and process.returncode > 0 else end
+        failure = said[-1][:200] if said else f"exit code {process.returncode}"
+        if process.returncode < 0:
+            failure = f"killed by {signal.Signals(-process.returncode).name}"
+            failure += ": out of memory" if process.returncode == -signal.SIGKILL else ""
     return rows, failure
 
 

@@ -83,7 +83,7 @@ def _each(mapping: Any) -> Callable[[], Iterable[tuple[Any, Any]]]:
     return lambda: ((key, mapping[key]) for key in mapping)
 
 
-@contestant("diskcache.Cache", KILL, POWER, most=1_000_000, why_most="time")
+@contestant("diskcache.Cache", KILL, POWER, closed_large=KILL, most=1_000_000, why_most="time")
 def _cache(folder: str, memory: int) -> Handle:
     import diskcache
 
@@ -91,7 +91,7 @@ def _cache(folder: str, memory: int) -> Handle:
     return handle(cache, cache.close, items=_each(cache))
 
 
-@contestant("diskcache.Index", KILL, POWER, most=1_000_000, why_most="time")
+@contestant("diskcache.Index", KILL, POWER, closed_large=KILL, most=1_000_000, why_most="time")
 def _index(folder: str, memory: int) -> Handle:
     import diskcache
 
@@ -99,7 +99,7 @@ def _index(folder: str, memory: int) -> Handle:
     return handle(index, index.cache.close)
 
 
-@contestant("diskcache-rs", KILL, POWER, most=1_000_000, why_most="time")
+@contestant("diskcache-rs", KILL, POWER, closed_large=KILL, most=1_000_000, why_most="time")
 def _diskcache_rs(folder: str, memory: int) -> Handle:
     import diskcache_rs
 
