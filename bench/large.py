@@ -214,6 +214,8 @@ def limit(name: str, folder: str, kind: str, megabytes: int) -> Iterator[Row]:
         of = _kind(kind)
         n = max(4, budget * 4 // of.nbytes)
         pairs = ((f"record_{i}", of.make(i)) for i in range(n))
+    weights = list(accumulate(1 / (i + 1) for i in range(n)))
+    visits = rng.choices(range(n), cum_weights=weights, k=min(n, 50_000))
     handle = who.open(folder, budget)
     handle.set("first", 1)
     handle.get("first")
@@ -222,8 +224,7 @@ def limit(name: str, folder: str, kind: str, megabytes: int) -> Iterator[Row]:
     with peak_memory() as peak:
         for key, value in pairs:
             handle.set(key, value)
-        weights = list(accumulate(1 / (i + 1) for i in range(n)))
-        for turn, i in enumerate(rng.choices(range(n), cum_weights=weights, k=min(n, 50_000))):
+        for turn, i in enumerate(visits):
             value = handle.get(f"record_{i}")
             if turn % 10 == 9:
                 handle.set(f"record_{i}", value)

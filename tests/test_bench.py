@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,10 +38,12 @@ SMALLEST: dict[str, tuple[list[dict[str, Any]], str]] = {
 
 
 @pytest.fixture(name="bench")
-def _bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of the benchmarks, which are scripts and no package."""
+def _bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Imports a module of the benchmarks, which are scripts and no package: their names are free again afterwards."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    return importlib.import_module
+    yield importlib.import_module
+    for path in (ROOT / "bench").glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 @pytest.fixture(name="run")
