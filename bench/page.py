@@ -188,8 +188,9 @@ def measured(results: Results, part: Part) -> list[str]:
         if not facts:
             continue
         who = "" if len(runs) == 1 else " (the others)" if run == most else f" ({'; '.join(names)})"
+        commit = f" of {facts['commit']}" if facts.get("commit") else ""
         rounds = f"best of {facts['rounds']} rounds" if facts["rounds"] > 1 else "one round"
-        lines.append(f"Measured {facts['date']}{who}, `{facts['command']}`, {rounds}: {machine_line(facts)}")
+        lines.append(f"Measured {facts['date']}{who}, `{facts['command']}`{commit}, {rounds}: {machine_line(facts)}")
     return ["  \n".join(lines), ""]
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,19 @@ def _file_system(folder: Path) -> str:
     return max(inside, key=lambda fields: len(fields[1]))[2] if inside else "unknown"
 
 
+def _commit() -> str | None:
+    """Of the chest that is measured; with a plus sign if its files have been changed since."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "--", "../src"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed.stdout.strip() else "")
+
+
 def machine(folder: str) -> dict[str, Any]:
     """What the numbers depend upon."""
     versions = {}
@@ -123,5 +137,6 @@ def machine(folder: str) -> dict[str, Any]:
         "file_system": _file_system(Path(folder).resolve()),
         "python": platform.python_version(),
         "versions": versions,
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }

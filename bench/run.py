@@ -44,10 +44,9 @@ Rows = list[tuple[str, "float | str"]]
 def measure_once(workload: str, name: str, folder: str, sizes: dict[str, Any], timeout_s: float) -> tuple[Rows, str]:
     """What one process measured, and why it failed, if it did."""
     command = [sys.executable, str(Path(__file__).with_name("workloads.py")), json.dumps([workload, name, folder, sizes])]
-    environment = dict(os.environ)
     who = CONTESTANTS.get(name)
-    if who is not None and who.path:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [who.path, environment.get("PYTHONPATH")]))
+    first = who.path if who is not None and who.path else str(ROOT / "src")  # the chest beside this file, whatever is installed
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [first, os.environ.get("PYTHONPATH")]))}
     failure = ""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         # A group of its own, so that what it has started ends with it.
