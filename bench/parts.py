@@ -188,10 +188,8 @@ ARRAY_COLUMNS = [
     Column("memory", MB, "It hands the buffer to the system as it is."),
 ]
 OBJECT_COLUMNS = [
-    Column(
-        "write", why="It does not sync, or pickles alone; chest measures the value and remembers a hash to notice changes by."
-    ),
-    Column("read", why="It unpickles alone; chest also checks a checksum and measures the value for the memory limit."),
+    Column("write", why="It pickles and does not sync; chest walks through the value to measure it, and hashes it."),
+    Column("read", why="It unpickles and no more; chest walks through the value to measure it, and checks a checksum."),
     Column("change inside", why="It is told what has changed; chest looks through all that was handed out."),
 ]
 LIMIT_COLUMNS = [

@@ -217,5 +217,5 @@ def test_a_quick_run_of_a_part_measures_and_draws_it(run: ModuleType, tmp_path: 
     text = (tmp_path / "out" / "performance.md").read_text(encoding="utf-8")
     assert "### 10,000 values of 100 bytes" in text
     assert "| chest | nothing / power cut |" in text
-    assert "`python bench/run.py 'scaling 10000' --quick --only=LMDB`, one round" in text
+    assert "`python bench/run.py 'scaling 10000' --quick --only=LMDB`" in text
     assert run.main(["no such part"]) == 2
