@@ -122,7 +122,10 @@ def pairs(name: str, folder: str, n: int) -> Iterator[Row]:
             get(key)
 
     if opened_large:
-        yield "hot read", min(timed(read_hot) for _ in range(3)) / len(hits) * 1e6
+        seconds = timed(read_hot)
+        if seconds < 0.1:  # so short that anything else on the machine is felt
+            seconds = min(seconds, timed(read_hot), timed(read_hot))
+        yield "hot read", seconds / len(hits) * 1e6
     else:
         yield "hot read", "it cannot be opened again with more memory"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import files  # noqa: F401 - each registers its contestants
 import stores  # noqa: F401
@@ -25,9 +25,7 @@ class Part(NamedTuple):
 
     name: str
     title: str
-    runs: list[
-        tuple[str, dict[str, int | str]]
-    ]  # workloads with their sizes; each a process; the columns of all are the part's
+    runs: list[tuple[str, dict[str, Any]]]  # workloads with their sizes, each a process; the columns of all are the part's
     contestants: list[str]
     columns: list[Column]
     ours: str = "chest"
@@ -227,7 +225,7 @@ def _opening(n: int) -> Part:
 
 def _scaling(n: int, cache_mb: int = 0) -> Part:
     name, title = f"scaling {n}", f"{_count(n)} values of 100 bytes"
-    sizes: dict[str, int | str] = {"n": n}
+    sizes = {"n": n}
     if cache_mb:
         name, title = f"{name} cache {cache_mb}", f"{title}, page cache limited to {cache_mb} MiB"
         sizes["cache_mb"] = cache_mb
