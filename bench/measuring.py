@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = tuple[str, "float | str"]
 """A column and its number, or why this contestant has none there."""
@@ -61,31 +61,40 @@ def peak_memory() -> Iterator[list[int]]:
     found.append(max(int(answer), memory()))
 
 
+def _cgroup(pid: int) -> tuple[Path, str]:
+    """The folder of the cgroup of a process that measures with little page cache, and the name of its setting."""
+    lines = [line.split(":") for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    if Path("/sys/fs/cgroup/cgroup.controllers").exists():  # version 2
+        own = next(path for _, controllers, path in lines if not controllers)
+        parent, setting = f"/sys/fs/cgroup/{own}", "memory.max"
+    else:
+        own = next((path for _, controllers, path in lines if "memory" in controllers.split(",")), "/")
+        parent, setting = f"/sys/fs/cgroup/memory/{own}", "memory.limit_in_bytes"
+    return Path(parent) / f"chest-bench-{pid}", setting
+
+
 @contextmanager
 def small_page_cache(megabytes: int) -> Iterator[None]:
     """A memory cgroup of this size around this process: the page cache of what it reads and writes counts, too."""
-    version2 = Path("/sys/fs/cgroup/cgroup.controllers")
-    lines = [line.split(":") for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    if version2.exists():
-        own = next(path for _, controllers, path in lines if not controllers)
-        parent, setting = Path(f"/sys/fs/cgroup/{own}"), "memory.max"
-    else:
-        own = next((path for _, controllers, path in lines if "memory" in controllers.split(",")), "/")
-        parent, setting = Path(f"/sys/fs/cgroup/memory/{own}"), "memory.limit_in_bytes"
-    group = parent / f"chest-bench-{os.getpid()}"
     try:
+        group, setting = _cgroup(os.getpid())
         group.mkdir()
         (group / setting).write_text(str(megabytes << 20))
         (group / "cgroup.procs").write_text(str(os.getpid()))
     except OSError as error:
-        if group.exists():
-            group.rmdir()
+        forget_cgroup(os.getpid())
         raise NotMeasuredError(f"needs the right to make a memory cgroup ({error.strerror}): run it as root") from error
     try:
         yield
     finally:
-        (parent / "cgroup.procs").write_text(str(os.getpid()))
+        (group.parent / "cgroup.procs").write_text(str(os.getpid()))
         group.rmdir()
+
+
+def forget_cgroup(pid: int) -> None:
+    """Removes the cgroup that a process which was killed has left, if there is one."""
+    with suppress(OSError):
+        _cgroup(pid)[0].rmdir()
 
 
 def disk_bytes(folder: str) -> int:
@@ -122,3 +131,25 @@ def timed(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+class Calls(NamedTuple):
+    n: int
+    seconds: float
+    longest: float
+
+
+def timed_calls(calls: Iterable[Callable[[], object]], most_seconds: float = math.inf) -> Calls:
+    """Each call by itself, what makes it not counted; no more of them once they have taken ``most_seconds``."""
+    n, total, longest, clock = 0, 0.0, 0.0, time.perf_counter
+    for call in calls:
+        start = clock()
+        call()
+        took = clock() - start
+        n += 1
+        total += took
+        if took > longest:
+            longest = took
+        if total > most_seconds:
+            break
+    return Calls(n, total, longest)

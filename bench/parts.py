@@ -180,9 +180,11 @@ ARRAY_COLUMNS = [
     Column("spill", why="It does not sync; chest does, and so waits for the disk."),
     Column("first touch", why="It maps a file whose name it was told; chest looks it up and checks it."),
     Column("1 % read", why="As the first touch."),
-    Column("full read", why="Reading into memory can beat mapping: a mapping is filled page by page."),
+    Column("full read", why="As the first touch; the rest is how fast the kernel fills the pages of a mapping, or a buffer."),
     Column("prefetch"),
-    Column("change 1 page", why="It writes one page in place, unsafe in a crash; chest writes a new file and syncs it."),
+    Column(
+        "change 1 page", why="It does not sync, or writes in place, unsafe in a crash; chest writes a new file and syncs it."
+    ),
     Column("memory", MB, "It hands the buffer to the system as it is."),
 ]
 OBJECT_COLUMNS = [

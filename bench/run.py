@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from contestants import CONTESTANTS, PEERS
+from measuring import forget_cgroup
 from parts import SCALES, Part, parts
 from results import Cells, Results, machine
 
@@ -59,6 +60,7 @@ def measure_once(workload: str, name: str, folder: str, sizes: dict[str, Any], t
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
+        forget_cgroup(process.pid)
         out.seek(0)
         rows: Rows = []
         for line in out.read().splitlines():
