@@ -284,7 +284,7 @@ def parts(scale: str) -> list[Part]:
         found += [_small(1_000_000), _small(10_000_000)]
     found += [_scaling(10_000)]
     if default:
-        found += [_scaling(100_000), _scaling(1_000_000), _scaling(1_000_000, 96)]
+        found += [_scaling(100_000), _scaling(1_000_000), _scaling(1_000_000, 128)]
     if full:
         found += [_scaling(10_000_000), _scaling(10_000_000, 512)]
     found += [_opening(100), _opening(10_000)]

@@ -3,7 +3,7 @@
     python bench/run.py                     everything at its usual size, about half an hour
     python bench/run.py --quick             minutes; the page goes to build/bench
     python bench/run.py --full              ten million keys and arrays of 1 GiB: hours, and 40 GB of disk
-    python bench/run.py pairs "arrays 32"   only parts whose names begin so
+    python bench/run.py pairs "arrays 32"   only this part, or those whose names begin so
     python bench/run.py --list              the parts
     python bench/run.py --page              measures nothing, draws the page of what is there
     python bench/run.py --get-peers         fetches chest 0.2.3, which cannot be installed beside today's
@@ -120,10 +120,17 @@ def get_peers() -> int:
     return subprocess.run(command, check=False).returncode
 
 
+def chosen(known: list[Part], words: list[str]) -> list[Part]:
+    """A word is the name of a part, or how the names of several begin."""
+    exact = {part.name for part in known} & set(words)
+    begins = tuple(word for word in words if word not in exact)
+    return [part for part in known if not words or part.name in exact or part.name.startswith(begins)]
+
+
 def main(arguments: list[str] | None = None) -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("parts", nargs="*", help="parts whose names begin so (see --list); all if none is named")
+    parser.add_argument("parts", nargs="*", help="a part, or how the names of several begin (see --list); all if none is named")
     parser.add_argument("--quick", action="store_const", dest="scale", const="quick", default="default")
     parser.add_argument("--full", action="store_const", dest="scale", const="full")
     parser.add_argument("--only", metavar="WORD", action="append", help="contestants whose names contain WORD, and chest")
@@ -137,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.get_peers:
         return get_peers()
-    wanted = [part for part in parts(args.scale) if not args.parts or part.name.startswith(tuple(args.parts))]
+    wanted = chosen(parts(args.scale), args.parts)
     if args.list or not wanted:
         print("\n".join(f"{part.name:28}{part.title}" for part in parts(args.scale)))
         return 0 if args.list else 2

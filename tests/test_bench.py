@@ -60,6 +60,16 @@ def test_every_family_of_parts_is_run_here(bench: Any) -> None:
     assert {part.family for part in parts.all_parts().values()} == SMALLEST.keys() == parts.FAMILIES.keys()
 
 
+def test_a_part_is_chosen_by_its_name_or_its_beginning(bench: Any, run: ModuleType) -> None:
+    known = bench("parts").parts("default")
+    assert run.chosen(known, []) == known
+    assert [part.name for part in run.chosen(known, ["scaling 100000", "arrays"])] == [
+        "scaling 100000",
+        "arrays 1",
+        "arrays 32",
+    ]
+
+
 def test_a_larger_scale_has_every_contestant_that_a_smaller_one_knows(bench: Any) -> None:
     parts = bench("parts")
     known = {*bench("contestants").CONTESTANTS, *bench("processes").PROCESS_CONTESTANTS, *bench("eviction").POLICIES}
