@@ -255,7 +255,7 @@ def _limit(megabytes: int) -> Part:
 def _processes(divisor: int) -> Part:
     counts = {"count": 300, "write": 500, "read": 20_000, "mixed": 10_000}
     runs = [
-        ("processes", {"work": work, "n_processes": n, "n": max(10, count // divisor)})
+        ("processes", {"work": work, "n_processes": n, "n": max(10, count // divisor), "n_keys": 1000 // divisor})
         for work, count in counts.items()
         for n in (1, 2, 4)
     ]
