@@ -184,4 +184,5 @@ def run_parts(wanted: list[Part], args: argparse.Namespace, results: Results) ->
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing is left behind
     sys.exit(main())
