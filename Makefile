@@ -42,10 +42,9 @@ torture: $(VENV)/.stamp-test $(VENV)/.stamp-fuzz  ## every crash, fault and larg
 	CHEST_TORTURE=1 CHEST_COUNTS=$(CURDIR)/build/counts.jsonl $(PY) -m pytest -m "torture or slow" --durations=20 $(PYTEST_ARGS)
 	$(PY) scripts/reliability.py build/counts.jsonl docs/reliability.md
 
-bench: $(VENV)/.stamp-bench  ## side by side with other libraries, and the eviction policy against its baselines
-	$(PY) bench/peers.py $(BENCH_ARGS)
-	$(PY) bench/processes.py $(BENCH_ARGS)
-	@if [ -e bench/eviction.py ] ; then echo "$(PY) bench/eviction.py" ; $(PY) bench/eviction.py ; fi
+bench: $(VENV)/.stamp-bench  ## side by side with other libraries: half an hour, or minutes with BENCH_ARGS=--quick; draws docs/performance.md
+	@$(PY) bench/run.py --get-peers || echo "without chest 0.2.3, which could not be fetched"
+	$(PY) bench/run.py $(BENCH_ARGS)
 
 clean:  ## remove environments, caches and results
 	rm -rf .venv .venv-* build dist src/*.egg-info src/chest/_native.* bench/results .mypy_cache .ruff_cache .pytest_cache .hypothesis

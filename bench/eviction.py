@@ -1,32 +1,24 @@
 """Which eviction policy costs the least I/O: seeded traces, the real memory tier, and the policies to measure it by.
 
-    python bench/eviction.py                every trace and budget: two or three minutes
-    python bench/eviction.py --quick        shorter traces: half a minute
-    python bench/eviction.py --json FILE    also write all numbers to FILE
-
 A miss costs 20 us + size at 1 GB/s; so does writing a victim that was changed since it was last written; a clean victim
 costs nothing. Budgets are 1, 10 and 30 % of what all values of a trace take together. All policies pay alike for
 bookkeeping: what the memory tier charges for an entry, beyond the first 64 KiB of all. A value larger than the budget
 never enters; what is still unwritten at the end of a trace is not charged.
 
-A cell is one trace with one budget, and shows the cost against LRU (below 1 is better). GDQ runs through
+A cell of the page is one trace with one budget, and shows the cost against LRU (below 1 is better). GDQ runs through
 ``MemoryTier`` itself. It evicts one by one as the others do; "GDQ batch" goes further each time (by 4 MiB or a tenth of
 the budget), as a chest does so that an eviction pays for its commit.
 """
 
 from __future__ import annotations
 
-import argparse
 import heapq
-import json
 import math
 import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from itertools import accumulate
-from pathlib import Path
-from statistics import geometric_mean
 from typing import NamedTuple
 
 from chest._hot import ENTRY_BYTES, Entry, MemoryTier
@@ -193,7 +185,9 @@ class Outcome(NamedTuple):
 class Policy:
     """A cache that counts what its misses and its unwritten victims cost.
 
-    A policy is ``find`` (a hit: take note), ``put`` (enter, or be overwritten) and ``pop`` (choose one to leave).
+    A policy is ``find`` (a hit: take note), ``put`` (enter, or be overwritten) and ``pop`` (choose one to leave). What
+    reading and writing cost is ``read`` and ``write``, in seconds: here as the model has it; in
+    ``eviction_parts.with_files`` it is done.
     """
 
     def __init__(self, limit: int, sizes: list[int]) -> None:
@@ -202,6 +196,12 @@ class Policy:
         self.dirty: set[int] = set()
         self.values = 0
         self.n = 0
+
+    def read(self, key: int) -> float:
+        return LATENCY_S + self.sizes[key] / BYTES_PER_S
+
+    def write(self, key: int) -> float:
+        return LATENCY_S + self.sizes[key] / BYTES_PER_S
 
     find: Callable[[int], bool]
     put: Callable[[int], None]
@@ -221,7 +221,7 @@ class Policy:
                     self.put(key)
                 continue
             if not write or size > limit:
-                cost += LATENCY_S + size / BYTES_PER_S
+                cost += self.read(key)
             if size > limit:
                 continue
             while self.n and (self.values + size > limit or self.values + size + (self.n + 1) * OVERHEAD > free):
@@ -230,7 +230,7 @@ class Policy:
                 self.n -= 1
                 if victim in dirty:
                     dirty.remove(victim)
-                    cost += LATENCY_S + sizes[victim] / BYTES_PER_S
+                    cost += self.write(victim)
             self.values += size
             self.n += 1
             if write:
@@ -373,9 +373,9 @@ class GDQ(Policy):
                 if write:
                     tier.add(Entry(key, None, size, True))
                 continue
-            if not write or not tier.admits(size):
-                cost += LATENCY_S + size / BYTES_PER_S
-            if not tier.admits(size):
+            if not write or size > limit:
+                cost += self.read(key)
+            if size > limit:
                 continue
             # The first 64 KiB of bookkeeping are free: what the new entry will add is known only near them.
             extra = OVERHEAD if (len(entries) + 1) * OVERHEAD > FREE_BYTES else 0
@@ -383,7 +383,7 @@ class GDQ(Policy):
                 for victim in tier.victims(max(0, low - size - extra)):
                     tier.remove(victim.key)
                     if victim.dirty:
-                        cost += LATENCY_S + victim.size / BYTES_PER_S
+                        cost += self.write(victim.key)
             tier.add(Entry(key, None, size, write))
         return Outcome(cost, n_hits)
 
@@ -401,50 +401,3 @@ POLICIES: dict[str, type[Policy]] = {
     "GDQ": GDQ,
     "GDQ batch": GDQBatch,
 }
-
-
-# --- the comparison
-
-
-def compare(n: int) -> dict[str, object]:
-    names = list(POLICIES)[1:]
-    print(f"{n:,} requests a trace; cost against LRU; hit rates of LRU and GDQ in %")
-    print(f"{'':48}budget " + "".join(f"{name:>12}" for name in names) + "   hits LRU   GDQ")
-    cells: list[dict[str, object]] = []
-    ratios: dict[str, list[float]] = {name: [] for name in POLICIES}
-    for seed, make in enumerate(TRACES):
-        trace = make(random.Random(seed), n)
-        footprint = sum(trace.sizes) + len(trace.sizes) * OVERHEAD
-        for budget in BUDGETS:
-            limit = int(footprint * budget)
-            outcomes = {name: policy(limit, trace.sizes).run(trace.requests) for name, policy in POLICIES.items()}
-            against = {name: outcome.cost_s / outcomes["LRU"].cost_s for name, outcome in outcomes.items()}
-            hits = {name: outcome.n_hits / len(trace.requests) for name, outcome in outcomes.items()}
-            for name, ratio in against.items():
-                ratios[name].append(ratio)
-            cells.append({"trace": trace.name, "budget": budget, "against_lru": against, "hit_rate": hits})
-            numbers = "".join(f"{against[name]:12.3f}" for name in names)
-            rates = f"{100 * hits['LRU']:11.1f}{100 * hits['GDQ']:6.1f}"
-            print(f"{trace.name:48}{budget:5.0%}  {numbers}{rates}", flush=True)
-    means = {name: geometric_mean(ratios[name]) for name in POLICIES}
-    worst = {name: max(ratios[name]) for name in POLICIES}
-    print(f"{'geometric mean':55}" + "".join(f"{means[name]:12.3f}" for name in names))
-    print(f"{'worst cell':55}" + "".join(f"{worst[name]:12.3f}" for name in names))
-    where = cells[ratios["GDQ"].index(worst["GDQ"])]
-    above = sum(ratio > 1.10 for ratio in ratios["GDQ"])
-    print(f"GDQ's worst cell: {where['trace']} at {where['budget']:.0%}; cells above 1.10: {above} of {len(cells)}")
-    return {"requests": n, "cells": cells, "geometric_mean": means, "worst": worst}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="20,000 requests a trace instead of 100,000")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE")
-    args = parser.parse_args()
-    results = compare(20_000 if args.quick else 100_000)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
-
-
-if __name__ == "__main__":
-    main()
