@@ -37,7 +37,7 @@ LAYERS = [
     ["_processes"],
     ["core"],
     [""],
-    ["_cli", "_cli.*", "__main__", "integrations", "integrations.*", "testing", "testing.*", "migrate"],
+    ["_cli", "_cli.*", "__main__", "safe", "integrations", "integrations.*", "testing", "testing.*", "migrate"],
 ]
 
 REQUIRED = {

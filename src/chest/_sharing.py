@@ -265,7 +265,7 @@ class Sharing(Dictionary[K, V]):
         store = self._store
         newest, changed = store.index.changed_since(version)
         if changed is not None:
-            return [cast(K, _keys.decode(name, typed)) for name, typed in dict(changed).items()], newest
+            return [cast(K, self._store.codec.decode(name, typed)) for name, typed in dict(changed).items()], newest
         keys: list[K] = []
         after = None
         while page := store.index.page(after):
