@@ -2,9 +2,9 @@
 
 The name of a key is its form (see ``_forms``) or, above the 511 bytes that LMDB has room for, ``h`` and a digest of it.
 Beside the name travels ``typed``, the key that was set first as its serializer writes it (a pickle, unless that is
-``safe``), wherever the name does not give back its type and value. An *opaque* key has no form, because only its class knows what equals it: its name is ``o`` and 16 random
-bytes, and finding it again means loading all opaque keys into a dictionary. It may equal a key that has a form (a
-``pandas.Timestamp`` equals a ``datetime``); nothing here can know.
+``safe``), wherever the name does not give back its type and value. An *opaque* key has no form, because only its class
+knows what equals it: its name is ``o`` and 16 random bytes, and finding it again means loading all opaque keys into a
+dictionary. It may equal a key that has a form (a ``pandas.Timestamp`` equals a ``datetime``); nothing here can know.
 
 File names show the keys that are plain words. They are for people: nothing is found by them.
 """

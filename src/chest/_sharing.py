@@ -18,7 +18,7 @@ from abc import abstractmethod
 from collections.abc import Hashable, Iterator
 from typing import Any, TypeVar, cast
 
-from . import _changes, _keys
+from . import _changes
 from ._dictionary import Dictionary
 from ._inside import Inside
 from ._memory import Entry

@@ -35,6 +35,7 @@ from ..errors import NotAllowedError, short
 
 __all__ = ["AllowedPickles"]
 
+_PythonUnpickler: Any = pickle._Unpickler
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*").fullmatch
 
 
@@ -61,9 +62,9 @@ _STANDARD = {
 }
 
 _NUMPY_SCALARS = (
-    "bool bool_ byte bytes_ cdouble clongdouble complex128 complex256 complex64 csingle datetime64 double float128 float16 float32 "
-    "float64 half int16 int32 int64 int8 intc intp long longdouble longlong object_ short single str_ timedelta64 ubyte "
-    "uint uint16 uint32 uint64 uint8 uintc uintp ulong ulonglong ushort void"
+    "bool bool_ byte bytes_ cdouble clongdouble complex128 complex256 complex64 csingle datetime64 double float128 float16 "
+    "float32 float64 half int16 int32 int64 int8 intc intp long longdouble longlong object_ short single str_ timedelta64 "
+    "ubyte uint uint16 uint32 uint64 uint8 uintc uintp ulong ulonglong ushort void"
 )
 _PANDAS_CLASSES = (
     "ArrowDtype BooleanDtype Categorical CategoricalDtype CategoricalIndex DataFrame DatetimeIndex DatetimeTZDtype "
@@ -80,9 +81,9 @@ _OFFSETS = (
     "Milli Minute MonthBegin MonthEnd Nano QuarterBegin QuarterEnd Second SemiMonthBegin SemiMonthEnd Week YearBegin YearEnd"
 )
 _ARROW = (
-    "_reconstruct_record_batch _reconstruct_table _restore_array binary binary_view bool_ chunked_array date32 date64 decimal128 "
-    "decimal256 decimal32 decimal64 dictionary duration field fixed_size_binary float16 float32 float64 int16 int32 int64 "
-    "int8 large_binary large_list large_string list_ map_ null py_buffer run_end_encoded scalar schema string string_view "
+    "_reconstruct_record_batch _reconstruct_table _restore_array binary binary_view bool_ chunked_array date32 date64 "
+    "decimal128 decimal256 decimal32 decimal64 dictionary duration field fixed_size_binary float16 float32 float64 int16 int32 "
+    "int64 int8 large_binary large_list large_string list_ map_ null py_buffer run_end_encoded scalar schema string string_view "
     "struct time32 time64 timestamp type_for_alias uint16 uint32 uint64 uint8"
 )
 _POLARS_TYPES = (
@@ -126,7 +127,9 @@ _PACKAGES: dict[str, set[tuple[str, str]]] = {
         *_names("pandas.core.arrays.string_", "StringArray StringArrayNumpySemantics StringDtype"),
         *_names("pandas.core.arrays.string_arrow", "ArrowStringArray ArrowStringArrayNumpySemantics"),
         *_names("pandas.core.arrays.timedeltas", "TimedeltaArray"),
-        *_names("pandas.core.dtypes.dtypes", "ArrowDtype CategoricalDtype DatetimeTZDtype IntervalDtype PeriodDtype SparseDtype"),
+        *_names(
+            "pandas.core.dtypes.dtypes", "ArrowDtype CategoricalDtype DatetimeTZDtype IntervalDtype PeriodDtype SparseDtype"
+        ),
         *_names("pandas.core.frame", "DataFrame"),
         *_names("pandas.core.series", "Series"),
         *_names("pandas.core.indexes.base", "Index _new_Index"),
@@ -158,10 +161,8 @@ _METHODS = {("numpy", "ndarray", "view"), ("torch", "Tensor", "view"), ("zoneinf
 
 def _method(owner: Any, name: str) -> Any:
     """What stands in for ``getattr``: members of enums, and ``_METHODS``."""
-    if isinstance(owner, enum.EnumMeta):
-        member = owner.__members__.get(name)
-        if member is not None:
-            return member
+    if isinstance(owner, enum.EnumMeta) and name in owner.__members__:
+        return owner.__members__[name]
     for module, qualname, method in _METHODS:
         if name == method and owner is getattr(sys.modules.get(module), qualname, None):
             return getattr(owner, method)
@@ -222,7 +223,7 @@ class AllowedPickles:
             def find_class(self, module: str, name: str, /) -> Any:
                 return find_class(module, name)
 
-        class Slow(pickle._Unpickler):  # type: ignore[misc, name-defined]
+        class Slow(_PythonUnpickler):  # type: ignore[misc]
             """Codes of ``copyreg`` whose object is known are not looked up in the fast one: it never asks ``find_class``."""
 
             def find_class(self, module: str, name: str) -> Any:
@@ -285,7 +286,7 @@ class AllowedPickles:
         for part in outer:
             found = getattr(found, part)
             if not isinstance(found, type) or found.__module__ != module:
-                raise NotAllowedError(f"its pickle asks for {module}.{name}, which is not defined there: allow= cannot allow that")
+                raise NotAllowedError(
+                    f"its pickle asks for {module}.{name}, which is not defined there: allow= cannot allow that"
+                )
         return getattr(found, last)
-
-

@@ -82,7 +82,8 @@ def _ways(cls: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
         return _tuple_ways(cls)
     if dataclasses.is_dataclass(cls):
         try:
-            object.__new__(cls)
+            plain: Any = object.__new__
+            plain(cls)
         except TypeError as error:
             raise TypeError(f"{cls!r} is no plain dataclass ({error}): give pack= and unpack=") from error
         return _dataclass_ways(cls)

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from ..errors import CorruptError
-from ._safe import Ext, Packer, Unpacker, encode, packs, refused, unpacks
 from ._safe_numpy import in_place
+from ._safe_read import Unpacker, unpacks
+from ._safe_write import Ext, Packer, encode, packs, refused
 
 __all__ = ["pack_arrow", "unpack_arrow"]
 

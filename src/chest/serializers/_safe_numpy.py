@@ -12,13 +12,16 @@ import re
 from pickle import PickleBuffer  # a view on memory; nothing is pickled
 from typing import Any
 
-import numpy as np
+import numpy
 
 from .._reducers import LARGE
 from ..errors import CorruptError
-from ._safe import Ext, Packer, Refused, Unpacker, encode, packs, refused, unpacks
+from ._safe_read import Unpacker, unpacks
+from ._safe_write import Ext, NotSafe, Packer, encode, packs, refused
 
-__all__ = ["array_of", "pack_array"]
+__all__ = ["array_of", "in_place", "pack_array"]
+
+np: Any = numpy  # whose annotations know fewer types than it takes
 
 ARRAY, SCALAR = 32, 33
 
@@ -26,7 +29,7 @@ _PLAIN = re.compile(r"[<>|=][biufcmMSUV]\d*(\[\d*[A-Za-z]+\])?|[<>|=][qQlLgG]").
 
 
 def _describe(dtype: Any) -> Any:
-    """A dtype as text or as a dict of texts and numbers. Raises Refused."""
+    """A dtype as text or as a dict of texts and numbers. Raises NotSafe."""
     if dtype.metadata:
         raise refused(dtype, "and carries metadata, which would be lost")
     if dtype.subdtype is not None:
@@ -78,10 +81,12 @@ def _build(described: Any) -> Any:
 def pack_array(packer: Packer, array: Any) -> Any:
     dtype, flags = array.dtype, array.flags
     if dtype.hasobject:
-        raise refused(array, "with objects in it: turn it into a list, or into an array of numbers, dates or text of fixed length")
+        raise refused(
+            array, "with objects in it: turn it into a list, or into an array of numbers, dates or text of fixed length"
+        )
     try:
         described = _describe(dtype)
-    except Refused as refusal:
+    except NotSafe as refusal:
         refusal.path.append(".dtype")
         raise
     read_only = not flags.writeable
@@ -139,20 +144,12 @@ _SCALARS = [kind for kind in set(np.sctypeDict.values()) if kind is not np.objec
 def _pack_scalar(packer: Packer, value: Any) -> Any:
     kind = type(value)
     if kind is np.str_:
-        described, data = "U", str.__str__(value)
-        same = str.__str__(np.str_(data)) == data
-        return Ext(SCALAR, encode([described, packer.pack(data)])) if same else _no_nul(value)
+        return Ext(SCALAR, encode(["U", packer.pack(str.__str__(value))]))
     if kind is np.bytes_:
-        described, data = "S", bytes.__getitem__(value, slice(None))
-        same = bytes.__getitem__(np.bytes_(data), slice(None)) == data
-        return Ext(SCALAR, encode([described, data])) if same else _no_nul(value)
+        return Ext(SCALAR, encode(["S", bytes.__getitem__(value, slice(None))]))
     if value.dtype.hasobject:
         raise refused(value, "with objects in it")
     return Ext(SCALAR, encode([_describe(value.dtype), value.tobytes()]))
-
-
-def _no_nul(value: Any) -> Any:
-    raise refused(value, "and ends in NUL, which numpy drops")
 
 
 @unpacks(SCALAR)

@@ -16,19 +16,23 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import pandas as pd
+import numpy
+import pandas
 
 from ..errors import CorruptError, LoadError, MissingExtraError
-from ._safe import Ext, Packer, Refused, Unpacker, encode, packs, refused, unpacks
+from ._safe_read import Unpacker, unpacks
 from ._safe_types import pack_zone, unpack_zone
+from ._safe_write import Ext, NotSafe, Packer, encode, packs, refused
 
 __all__: list[str] = []
+
+np: Any = numpy
+pd: Any = pandas  # whose annotations know nothing of its blocks
 
 FRAME, SERIES, INDEX, COLUMN, MISSING, STAMP = 48, 49, 50, 51, 52, 53
 
 _arrays = pd.arrays
-_NumpyArray = getattr(_arrays, "NumpyExtensionArray", None) or _arrays.PandasArray  # type: ignore[attr-defined]
+_NumpyArray = getattr(_arrays, "NumpyExtensionArray", None) or _arrays.PandasArray
 _MASKED = (_arrays.IntegerArray, _arrays.FloatingArray, _arrays.BooleanArray)
 _FREQUENCY = re.compile(r"[-+A-Za-z0-9]{1,40}").fullmatch
 
@@ -191,7 +195,9 @@ _BUILD: dict[str, Callable[..., Any]] = {
     "datetime": _build_dates(_arrays.DatetimeArray),
     "timedelta": _build_dates(_arrays.TimedeltaArray),
     "categorical": _build_categories,
-    "period": lambda values, frequency: _arrays.PeriodArray(_build_numpy(values), dtype=pd.PeriodDtype(_offset(frequency, period=True))),
+    "period": lambda values, frequency: _arrays.PeriodArray(
+        _build_numpy(values), dtype=pd.PeriodDtype(_offset(frequency, period=True))
+    ),
     "interval": lambda left, right, closed: _arrays.IntervalArray.from_arrays(left, right, closed, copy=False),
     "masked": _build_masked,
     "string": _build_string,
@@ -274,7 +280,7 @@ def _pack_frame(packer: Packer, frame: Any) -> Any:
         places = block.mgr_locs.as_array
         try:
             blocks.append([packer.pack(np.asarray(places, "<i8")), packer.pack(_Column(block.values))])
-        except Refused as refusal:
+        except NotSafe as refusal:
             refusal.path.append(f"[{frame.columns[places[0]]!r}]")
             raise
     return Ext(FRAME, encode([blocks, index, columns, *_rest(packer, frame)]))

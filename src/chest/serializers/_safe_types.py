@@ -14,7 +14,8 @@ from uuid import UUID, SafeUUID
 from zoneinfo import ZoneInfo
 
 from ..errors import CorruptError, LoadError
-from ._safe import Ext, Packer, Unpacker, encode, packs, refused, unpacks
+from ._safe_read import Unpacker, unpacks
+from ._safe_write import Ext, Packer, encode, packs, refused
 
 __all__ = ["pack_zone", "unpack_zone"]
 
@@ -49,7 +50,7 @@ def pack_zone(value: object, zone: tzinfo | None) -> Any:
     """A time zone as None, the key of a zone, or its offset and (where it was given one) its name."""
     if zone is None:
         return None
-    if type(zone) is ZoneInfo and zone.key is not None and _ZONE(zone.key):
+    if type(zone) is ZoneInfo and _ZONE(zone.key or ""):
         return zone.key
     if type(zone) is timezone:
         offset, *name = zone.__getinitargs__()  # type: ignore[attr-defined]
@@ -82,8 +83,8 @@ def _pack_datetime(packer: Packer, value: datetime) -> Any:
 
 @unpacks(DATETIME)
 def _unpack_datetime(unpacker: Unpacker, data: memoryview) -> datetime:
-    *parts, fold, zone = unpacker.items(data)
-    return datetime(*parts, tzinfo=unpack_zone(zone), fold=fold)
+    year, month, day, hour, minute, second, microsecond, fold, zone = unpacker.items(data)
+    return datetime(year, month, day, hour, minute, second, microsecond, unpack_zone(zone), fold=fold)
 
 
 @packs(time)
@@ -94,8 +95,8 @@ def _pack_time(packer: Packer, value: time) -> Any:
 
 @unpacks(TIME)
 def _unpack_time(unpacker: Unpacker, data: memoryview) -> time:
-    *parts, fold, zone = unpacker.items(data)
-    return time(*parts, tzinfo=unpack_zone(zone), fold=fold)
+    hour, minute, second, microsecond, fold, zone = unpacker.items(data)
+    return time(hour, minute, second, microsecond, unpack_zone(zone), fold=fold)
 
 
 # --- what an array of numbers and text describes
