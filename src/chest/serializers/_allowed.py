@@ -83,8 +83,8 @@ _OFFSETS = (
 _ARROW = (
     "_reconstruct_record_batch _reconstruct_table _restore_array binary binary_view bool_ chunked_array date32 date64 "
     "decimal128 decimal256 decimal32 decimal64 dictionary duration field fixed_size_binary float16 float32 float64 int16 int32 "
-    "int64 int8 large_binary large_list large_string list_ map_ null py_buffer run_end_encoded scalar schema string string_view "
-    "struct time32 time64 timestamp type_for_alias uint16 uint32 uint64 uint8"
+    "int64 int8 large_binary large_list large_string list_ map_ null py_buffer run_end_encoded scalar schema string "
+    "string_view struct time32 time64 timestamp type_for_alias uint16 uint32 uint64 uint8"
 )
 _POLARS_TYPES = (
     "Array Binary Boolean Categorical Categories Date Datetime Decimal Duration Enum Field Float32 Float64 Int128 Int16 Int32 "
@@ -105,7 +105,7 @@ _PACKAGES: dict[str, set[tuple[str, str]]] = {
         *_names("pandas.arrays", _PANDAS_ARRAYS),
         *_names("pandas._libs.arrays", "__pyx_unpickle_NDArrayBacked"),
         *_names("pandas._libs.internals", "_unpickle_block"),
-        *_names("pandas._libs.interval", "Interval"),
+        *_names("pandas._libs.interval", "Interval __pyx_unpickle_IntervalMixin"),
         *_names("pandas._libs.missing", "NA"),
         *_names("pandas._libs.sparse", "BlockIndex IntIndex"),
         *_names("pandas._libs.tslibs.nattype", "__nat_unpickle _nat_unpickle"),
