@@ -372,7 +372,14 @@ def test_an_array_comes_back_with_dtype_order_and_flags(name: str) -> None:
 
 SCALARS = [
     *(np.float64(1.5), np.int8(-3), np.bool_(True), np.longlong(3), np.longdouble(1) / 3, np.complex64(1j), np.float16(2)),
-    *(np.datetime64("2020", "D"), np.datetime64("NaT", "s"), np.timedelta64(3, "h"), np.str_("é"), np.str_(""), np.bytes_(b"x")),
+    *(
+        np.datetime64("2020", "D"),
+        np.datetime64("NaT", "s"),
+        np.timedelta64(3, "h"),
+        np.str_("é"),
+        np.str_(""),
+        np.bytes_(b"x"),
+    ),
     np.ones(1, STRUCT)[0],
 ]
 
