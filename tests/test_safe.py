@@ -183,6 +183,7 @@ SINGLE = [
     dt.datetime(2020, 1, 1, tzinfo=dt.timezone(dt.timedelta(seconds=1, microseconds=2))),
     *(Colour.BLUE, Small.ONE, Access.R | Access.W, Access(0), Pair(1, [2]), Slotted(3), {Colour.RED: {Slotted(1)}}),
     *([(1, "a"), (2, "b")], [(1, "a"), [2]], [(1, (2,))], [()], ((),), {(): frozenset([frozenset()])}),
+    *(set(range(20)), frozenset(range(70_000)), {"\ud800", 2**70}, (2**70,), ("\ud800", 1)),
     *([[]], {"a": {}}, [True, 1, 1.0], {1: 1, "1": "1", None: b"", 2.5: ()}),
 ]
 

@@ -152,11 +152,16 @@ def _pack_set(code: int) -> Callable[[Packer, Any], Any]:
     def pack(packer: Packer, value: Any) -> Any:
         try:
             # In one order, so that equal sets are written alike.
-            members = sorted([encode(packer.pack(member)) for member in value])
+            plain = not packer.careful and ATOMS.issuperset(map(type, value))
+            members = sorted(map(encode, value if plain else map(packer.pack, value)))
         except NotSafe as refusal:
             refusal.path.append("{...}")
             raise
-        return Ext(code, encode([msgspec.Raw(member) for member in members]))
+        n = len(members)
+        head = (
+            bytes((0x90 | n,)) if n < 16 else b"\xdc" + n.to_bytes(2, "big") if n < 1 << 16 else b"\xdd" + n.to_bytes(4, "big")
+        )
+        return Ext(code, b"".join((head, *members)))
 
     return pack
 
@@ -268,6 +273,11 @@ def dumps(value: Any, payloads: list[memoryview] | None = None) -> bytes:
         else:
             if kind in ATOMS or _is_plain(value):
                 return data
+    elif kind is tuple and ATOMS.issuperset(map(type, value)):
+        try:
+            return encode(Ext(TUPLE, encode(value)))
+        except (OverflowError, UnicodeEncodeError):
+            pass  # as above
     try:
         return encode(Packer(payloads).pack(value))
     except (OverflowError, UnicodeEncodeError):
