@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from chest import Chest, _changes, safe
+from chest.serializers import _registry
 
 
 @dataclass
@@ -22,10 +23,6 @@ class Thing:
     parts: list[int] = field(default_factory=list)
     table: dict[str, Any] = field(default_factory=dict)
 
-
-safe.register(Thing)
-safe.register(deque, pack=list, unpack=deque)
-safe.register(OrderedDict, pack=lambda value: list(value.items()), unpack=OrderedDict)
 
 BIG = 300_000  # items: well above what is kept in the index
 
@@ -90,9 +87,14 @@ def case(request: pytest.FixtureRequest, serializer: str) -> Any:
 
 
 @pytest.fixture(params=["pickle", "safe"])
-def serializer(request: pytest.FixtureRequest) -> str:
+def serializer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "safe":
         pytest.importorskip("msgspec")
+        for table in ("by_class", "by_name"):  # what is registered here, other tests expect to be refused
+            monkeypatch.setattr(_registry, table, getattr(_registry, table).copy())
+        safe.register(Thing)
+        safe.register(deque, pack=list, unpack=deque)
+        safe.register(OrderedDict, pack=lambda value: list(value.items()), unpack=OrderedDict)
     return str(request.param)
 
 

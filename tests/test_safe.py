@@ -749,3 +749,34 @@ def test_files_that_are_not_safes_are_refused() -> None:
     safe.dump([np.zeros(BIG)], file)
     with pytest.raises(CorruptError, match="footer"):
         _safe.load_file(file.getvalue()[:-1])
+
+
+def test_without_msgspec_the_extra_is_named(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['msgspec'] = None\n"
+        "from chest import Chest, MissingExtraError, safe\n"
+        "import enum; safe.register(enum.Enum('E', 'A'))\n"
+        "for do in (lambda: Chest(serializer='safe'), lambda: safe.dumps(1)):\n"
+        "    try: do()\n"
+        "    except MissingExtraError as error: print(error)\n"
+        "with Chest() as c: c['x'] = 1\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.count("chest[safe]") == 2, done.stderr
+
+
+def test_threads_that_meet_a_package_for_the_first_time_wait_for_each_other() -> None:
+    code = (
+        "import numpy as np, pandas as pd, threading, sys\n"
+        "from chest import safe\n"
+        "safe.dumps(1); sys.setswitchinterval(1e-6); failed = []\n"
+        "def work(value):\n"
+        "    try: safe.loads(safe.dumps(value))\n"
+        "    except BaseException as error: failed.append(repr(error))\n"
+        "values = [np.zeros(3), pd.Series([1]), np.float64(1), pd.NaT] * 10\n"
+        "threads = [threading.Thread(target=work, args=(value,)) for value in values]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]\n"
+        "print(failed or 'done')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "done\n", done.stdout + done.stderr

@@ -23,13 +23,16 @@ from typing import Any
 
 from .._valuefile import MARKS, Layout, Sink, Writable, bytes_of, take_apart
 from ..errors import CorruptError, KeyTypeError, short
-from . import _safe_types as _safe_types  # registers the types of the standard library
+from . import _safe_read, _safe_write
 from ._safe_read import Unpacker, explained, loads
 from ._safe_write import dumps
 
 __all__ = ["dump", "dumps", "load", "load_file", "loads", "probe", "typed_key"]
 
 _MARK = MARKS[1]
+
+for _part in (_safe_write, _safe_read):
+    _part.publish("_safe_types")  # those of the standard library; those of packages follow when one is met
 
 
 def typed_key(key: Hashable) -> bytes:

@@ -6,13 +6,11 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import msgspec.msgpack
-
 from ..errors import ChestError, CorruptError, LoadError, short
 from . import _registry
-from ._safe_write import DICT, FROZENSET, INT, REGISTERED, ROWS, SET, TEXT, TUPLE
+from ._safe_write import DICT, FROZENSET, INT, REGISTERED, ROWS, SET, TEXT, TUPLE, Decoder
 
-__all__ = ["Unpacker", "explained", "loads", "unpacks"]
+__all__ = ["Unpacker", "explained", "loads", "publish", "unpacks"]
 
 
 class Unpacker:
@@ -22,7 +20,7 @@ class Unpacker:
 
     def __init__(self, buffers: list[memoryview | bytearray]) -> None:
         self._buffers = buffers
-        self.decode: Callable[[Any], Any] = msgspec.msgpack.Decoder(ext_hook=self._extension).decode
+        self.decode: Callable[[Any], Any] = Decoder(ext_hook=self._extension).decode
 
     def _extension(self, code: int, data: memoryview) -> Any:
         found = _UNPACKERS.get(code)
@@ -31,7 +29,7 @@ class Unpacker:
             if late is None:
                 raise CorruptError(f"it has an extension {code}, which nothing writes")
             try:
-                importlib.import_module(f"{__package__}.{late}")
+                publish(late)
             except ImportError as error:
                 raise LoadError(f"it needs a package that is missing: {error}. Install it and read it again") from error
             found = _UNPACKERS[code]
@@ -86,14 +84,23 @@ _LATE_CODES = {  # the modules may be imported by a file that names them: they a
 }
 
 
+_made: dict[str, dict[int, Callable[[Unpacker, memoryview], Any]]] = {}
+
+
 def unpacks(code: int) -> Callable[[Any], Any]:
-    """Mark a function as the one that makes the objects of an extension."""
+    """Mark a function as the one that makes the objects of an extension, once its module has been published."""
 
     def mark(function: Callable[[Unpacker, memoryview], Any]) -> Any:
-        _UNPACKERS[code] = function
+        _made.setdefault(function.__module__, {})[code] = function
         return function
 
     return mark
+
+
+def publish(name: str) -> None:
+    """The extensions of a module are known from here on: not one by one, while another thread is importing it."""
+    module = importlib.import_module(f"{__package__}.{name}")
+    _UNPACKERS.update(_made.get(module.__name__, {}))
 
 
 _decode_small = Unpacker([]).decode

@@ -16,7 +16,7 @@ try:
 except ImportError as _error:
     raise MissingExtraError("the serializer 'safe' needs the package msgspec: pip install 'chest[safe]'") from _error
 
-__all__ = ["LATE", "Ext", "NotSafe", "Packer", "dumps", "encode", "packs", "refused"]
+__all__ = ["LATE", "Decoder", "Ext", "NotSafe", "Packer", "dumps", "encode", "packs", "publish", "refused"]
 
 MAX_DEPTH = 100  # fixed: what is written on a shallow stack must be readable on a deep one
 
@@ -27,6 +27,7 @@ _INT_LOW, _INT_HIGH = -(1 << 63), 1 << 64
 
 encode: Callable[[Any], bytes] = msgspec.msgpack.Encoder().encode
 Ext = msgspec.msgpack.Ext
+Decoder = msgspec.msgpack.Decoder
 
 # Codes of extensions. What was given out once is never given another meaning.
 INT, TEXT, TUPLE, ROWS, SET, FROZENSET, DICT, REGISTERED = 1, 2, 3, 4, 5, 6, 7, 8
@@ -192,23 +193,31 @@ LATE = {"numpy": "_safe_numpy", "pandas": "_safe_pandas", "pyarrow": "_safe_arro
 """Packages whose types are added when one is met for the first time."""
 
 
+_made: dict[str, dict[type, Callable[[Packer, Any], Any]]] = {}
+
+
 def packs(*kinds: type) -> Callable[[Any], Any]:
-    """Mark a function as the one that packs objects of exactly these types."""
+    """Mark a function as the one that packs objects of exactly these types, once its module has been published."""
 
     def mark(function: Callable[[Packer, Any], Any]) -> Any:
-        _PACKERS.update(dict.fromkeys(kinds, function))
+        _made.setdefault(function.__module__, {}).update(dict.fromkeys(kinds, function))
         return function
 
     return mark
+
+
+def publish(name: str) -> None:
+    """The types of a module are known from here on: not one by one, while another thread is importing it."""
+    module = importlib.import_module(f"{__package__}.{name}")
+    _PACKERS.update(_made.get(module.__name__, {}))
 
 
 def _packer(kind: type) -> Callable[[Packer, Any], Any] | None:
     if kind in _registry.by_class:
         return _pack_registered
     package = str(kind.__module__).partition(".")[0]
-    late = LATE.get(package)
-    if late is not None and package in sys.modules:
-        importlib.import_module(f"{__package__}.{late}")
+    if package in LATE and package in sys.modules:
+        publish(LATE[package])
     return _PACKERS.get(kind)
 
 
