@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from chest import Chest, _changes
+from chest import Chest, _changes, safe
+from chest.serializers import _registry
 
 
 @dataclass
@@ -75,14 +76,33 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], 
 }
 
 
+UNSAFE = ("defaultdict", "objects")  # what the safe serializer refuses
+
+
 @pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "-"))
-def case(request: pytest.FixtureRequest) -> Any:
+def case(request: pytest.FixtureRequest, serializer: str) -> Any:
+    if serializer == "safe" and request.param in UNSAFE:
+        pytest.skip("refused by the safe serializer")
     return CASES[request.param]
 
 
+@pytest.fixture(params=["pickle", "safe"])
+def serializer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "safe":
+        pytest.importorskip("msgspec")
+        for table in ("by_class", "by_name"):  # what is registered here, other tests expect to be refused
+            monkeypatch.setattr(_registry, table, getattr(_registry, table).copy())
+        safe.register(Thing)
+        safe.register(deque, pack=list, unpack=deque)
+        safe.register(OrderedDict, pack=lambda value: list(value.items()), unpack=OrderedDict)
+    return str(request.param)
+
+
 @pytest.fixture(params=["pagemap-scan", "pagemap", "hashes"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def way(request: pytest.FixtureRequest, serializer: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """How written pages are found: by the kernel's newest means, its old one, or not at all."""
+    if serializer == "safe" and request.param != "pagemap-scan":
+        pytest.skip("the same for every serializer")
     if request.param == "pagemap":
         monkeypatch.setattr(_changes, "USE_PAGEMAP_SCAN", False)
     if request.param == "hashes":
@@ -91,11 +111,11 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("limit", [10**9, 0, 3_000_000], ids=["memory", "spilled", "mixed"])
-def test_changes_of_a_loaded_value_are_kept(case: Any, way: str, limit: int, tmp_path: Path) -> None:
+def test_changes_of_a_loaded_value_are_kept(case: Any, way: str, limit: int, serializer: str, tmp_path: Path) -> None:
     make, change, look = case
     expected = make()
     change(expected)
-    with Chest(path=tmp_path / "c", available_memory=limit) as c:
+    with Chest(path=tmp_path / "c", serializer=serializer, available_memory=limit) as c:
         c["x"] = make()
     with Chest(path=tmp_path / "c", available_memory=limit) as c:
         change(c["x"])
@@ -111,11 +131,11 @@ def test_changes_of_a_loaded_value_are_kept(case: Any, way: str, limit: int, tmp
 
 
 @pytest.mark.parametrize("limit", [10**9, 0, 3_000_000], ids=["memory", "spilled", "mixed"])
-def test_changes_of_what_was_set_are_kept_after_a_flush(case: Any, limit: int, tmp_path: Path) -> None:
+def test_changes_of_what_was_set_are_kept_after_a_flush(case: Any, limit: int, serializer: str, tmp_path: Path) -> None:
     make, change, look = case
     expected, mine = make(), make()
     change(expected)
-    with Chest(path=tmp_path / "c", available_memory=limit) as c:
+    with Chest(path=tmp_path / "c", serializer=serializer, available_memory=limit) as c:
         c["x"] = mine
         c.flush()  # written and out of memory, but still held here
         change(mine)
@@ -129,9 +149,9 @@ def test_changes_of_what_was_set_are_kept_after_a_flush(case: Any, limit: int, t
 
 
 @pytest.mark.parametrize("limit", [10**9, 0, 3_000_000], ids=["memory", "spilled", "mixed"])
-def test_what_was_only_read_is_not_written_again(case: Any, way: str, limit: int, tmp_path: Path) -> None:
+def test_what_was_only_read_is_not_written_again(case: Any, way: str, limit: int, serializer: str, tmp_path: Path) -> None:
     make, _, look = case
-    with Chest(path=tmp_path / "c", available_memory=limit) as c:
+    with Chest(path=tmp_path / "c", serializer=serializer, available_memory=limit) as c:
         c["x"] = make()
     with Chest(path=tmp_path / "c", available_memory=limit) as c:
         for _ in range(3):

@@ -33,6 +33,7 @@ PLAIN = {"x": [1, 2, 3], "y": {"a": None, "b": [True, 2.5]}, "big": ["text"] * 3
 
 SERIALIZERS = [
     "pickle",
+    "safe",
     "json",
     "marshal",
     "cloudpickle",
@@ -67,7 +68,7 @@ def test_values_come_back(serializer: Any, limit: int, tmp_path: Path) -> None:
                 assert c.load(file) == c[key]
 
 
-@pytest.mark.parametrize("name", ["json", "marshal", "cloudpickle", "dill", "joblib"])
+@pytest.mark.parametrize("name", ["safe", "json", "marshal", "cloudpickle", "dill", "joblib"])
 def test_a_named_serializer_is_remembered(name: str, tmp_path: Path) -> None:
     with Chest(path=tmp_path / "c", serializer=name) as c:
         c["x"] = [1]

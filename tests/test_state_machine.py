@@ -85,6 +85,7 @@ def mutate(value: Any, n: int) -> bool:
 
 class ChestMachine(RuleBasedStateMachine):
     limit = 0
+    serializer = "pickle"
     spills = 0
     written = Bundle("keys")
 
@@ -98,7 +99,7 @@ class ChestMachine(RuleBasedStateMachine):
         self.open()
 
     def open(self) -> None:
-        self.c: Chest[Any, Any] = Chest(path=self.path, available_memory=self.limit)
+        self.c: Chest[Any, Any] = Chest(path=self.path, available_memory=self.limit, serializer=self.serializer)
 
     def value(self) -> tuple[Any, Any]:
         self.n += 1
@@ -282,12 +283,15 @@ class ChestMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("limit", [10**9, 0, 300_000], ids=["all-in-memory", "all-spilled", "mixed"])
-def test_a_chest_equals_a_dict_after_every_step(limit: int) -> None:
-    machine = type("Machine", (ChestMachine,), {"limit": limit, "spills": 0})
+@pytest.mark.parametrize("serializer", ["pickle", "safe"])
+def test_a_chest_equals_a_dict_after_every_step(limit: int, serializer: str) -> None:
+    if serializer == "safe":
+        pytest.importorskip("msgspec")
+    machine = type("Machine", (ChestMachine,), {"limit": limit, "serializer": serializer, "spills": 0})
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=1000 if FULL else 40,
+            max_examples=1000 if FULL else 40 if serializer == "pickle" else 15,
             stateful_step_count=30,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -1,10 +1,10 @@
 """Names of keys, under which an index finds them: the same bytes exactly when two keys are one key of a ``dict``.
 
 The name of a key is its form (see ``_forms``) or, above the 511 bytes that LMDB has room for, ``h`` and a digest of it.
-Beside the name travels ``typed``, a pickle of the key that was set first, wherever the name does not give back its type
-and value. An *opaque* key has no form, because only its class knows what equals it: its name is ``o`` and 16 random
-bytes, and finding it again means loading all opaque keys into a dictionary. It may equal a key that has a form (a
-``pandas.Timestamp`` equals a ``datetime``); nothing here can know.
+Beside the name travels ``typed``, the key that was set first as its serializer writes it (a pickle, unless that is
+``safe``), wherever the name does not give back its type and value. An *opaque* key has no form, because only its class
+knows what equals it: its name is ``o`` and 16 random bytes, and finding it again means loading all opaque keys into a
+dictionary. It may equal a key that has a form (a ``pandas.Timestamp`` equals a ``datetime``); nothing here can know.
 
 File names show the keys that are plain words. They are for people: nothing is found by them.
 """
@@ -14,11 +14,12 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from hashlib import blake2b
+from typing import Any
 
 from ._forms import MAX_DEPTH, WORD, TooDeepError, form_of, is_exact, object_of, tuple_form
-from .errors import CorruptError, KeyTypeError, LoadError, short
+from .errors import ChestError, CorruptError, KeyTypeError, LoadError, short
 
 __all__ = [
     "OPAQUE_PREFIX",
@@ -75,8 +76,16 @@ def name_of(key: Hashable) -> bytes | None:
     return name if len(name) <= _MAX_NAME else b"h" + blake2b(name, digest_size=32).digest()
 
 
-def encode(key: Hashable) -> Encoded | None:
+def encode(
+    key: Hashable,
+    typed_of: Callable[[Hashable], bytes] | None = None,
+    loads: Callable[[bytes], Any] | None = None,
+) -> Encoded | None:
     """Name and, where needed, pickle of a key; None if it is opaque (see ``opaque_name`` and ``pickled_key``).
+
+    Args:
+        key: the key.
+        typed_of, loads: write and read keys in another way than pickle's (``typed_of`` raises what ``pickled_key`` raises).
 
     Raises:
         TypeError: the key is not hashable.
@@ -86,30 +95,30 @@ def encode(key: Hashable) -> Encoded | None:
     if name is None:
         return None
     if type(key) is str or is_exact(key):
-        return name, pickled_key(key) if name[0] == _HASHED else b""
-    typed = pickled_key(key)
+        return name, (typed_of or pickled_key)(key) if name[0] == _HASHED else b""
+    typed = (typed_of or pickled_key)(key)
     try:
-        if name_of(pickle.loads(typed)) == name:
+        if name_of((loads or pickle.loads)(typed)) == name:
             return name, typed
         problem = None
     except Exception as error:
         problem = error
     raise KeyTypeError(
-        f"The key {short(key)} of type {type(key).__qualname__} cannot be written, because its pickle does not give it "
-        "back. Use plain text, numbers or tuples of them.",
+        f"The key {short(key)} of type {type(key).__qualname__} cannot be written, because what is written does not give it "
+        f"back{f' ({problem})' if isinstance(problem, ChestError) else ''}. Use plain text, numbers or tuples of them.",
         key=key,
     ) from problem
 
 
-def decode(name: bytes, typed: bytes) -> Hashable:
-    """The key that was encoded, of the type it had.
+def decode(name: bytes, typed: bytes, loads: Callable[[bytes], Any] | None = None) -> Hashable:
+    """The key that was encoded, of the type it had. ``loads`` reads ``typed`` in another way than pickle's.
 
     Raises:
         CorruptError: the two are no encoding of any key.
         LoadError: the pickle of the key needs what is not there any more, a class for instance.
     """
     if typed:
-        return _unpickled(name, typed)
+        return _loaded(name, typed, loads or pickle.loads)
     tag = name[:1]
     try:
         if tag == b"s":
@@ -189,11 +198,15 @@ def _hex(data: bytes) -> str:
     return "0" + blake2b(data, digest_size=16).hexdigest()
 
 
-def _unpickled(name: bytes, typed: bytes) -> Hashable:
+def _loaded(name: bytes, typed: bytes, loads: Callable[[bytes], Any]) -> Hashable:
     try:
-        key: Hashable = pickle.loads(typed)
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise CorruptError(f"Damaged index: the key named {short(name)} is no pickle. Run check on the chest.") from error
+        key: Hashable = loads(typed)
+    except (pickle.UnpicklingError, EOFError, CorruptError) as error:
+        raise CorruptError(
+            f"Damaged index: the key named {short(name)} is nothing that was written there. Run check on the chest."
+        ) from error
+    except LoadError as error:
+        raise type(error)(f"The key named {short(name)} cannot be loaded: {error}") from error
     except Exception as error:
         raise LoadError(
             f"The key named {short(name)} cannot be loaded ({type(error).__name__}: {error}). "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from . import _fs
@@ -32,6 +32,7 @@ def open_folder(
     loose: int | None,
     verify: bool,
     network: bool,
+    allow: Iterable[str] | None = None,
 ) -> Store:
     """The store in a folder, which is created if there is none.
 
@@ -54,15 +55,24 @@ def open_folder(
     index: Index
     if os.path.isfile(keys):
         given = codec is not None
-        pairs, name = read_pairs(keys, opener, codec.load if codec and not codec.native else None, bool(codec and codec.text))
-        codec = codec if given else resolve(name, None, None, "b")
+        if codec is not None and codec.name == "safe":
+            raise SerializerMismatchError(
+                f"the chest at {path} was written by chest 0.2, with pickle or a serializer of its own, not with safe: open it "
+                "without serializer= if you trust it, and copy what it holds.",
+                path=path,
+            )
+        pickles = resolve("pickle", None, None, "b", allow)
+        assert pickles is not None
+        load = codec.load if codec and codec.files is None else None
+        pairs, name = read_pairs(keys, opener, load, bool(codec and codec.text), pickles.loads)
+        codec = codec if given else resolve(name, None, None, "b", allow)
         assert codec is not None
         index = LegacyIndex(path, pairs, lambda f: Ref(0, 0, "0", f).pack(), BLOB, create, _settings(path, codec))
     else:
         index = create(keys)
     blobs = None
     try:
-        codec = _remembered(index, path, codec)
+        codec = _remembered(index, path, codec, allow)
         blobs = FileBlobs(path, sync=not scratch, opener=opener, mode="t" if codec.text and opener else "b")
         store = Store(
             path,
@@ -117,12 +127,12 @@ def _settings(path: str, codec: Codec) -> dict[bytes, bytes]:
     }
 
 
-def _remembered(index: Index, path: str, codec: Codec | None) -> Codec:
+def _remembered(index: Index, path: str, codec: Codec | None, allow: Iterable[str] | None) -> Codec:
     """The serializer to use: the given one if it is the chest's own, else the one that the chest remembers."""
     version = index.meta(b"format")
     if version is None:  # new
         if codec is None:
-            codec = resolve("pickle", None, None, "b")
+            codec = resolve("pickle", None, None, "b", allow)
         assert codec is not None
         index.commit(meta=_settings(path, codec))
         return codec
@@ -142,7 +152,7 @@ def _remembered(index: Index, path: str, codec: Codec | None) -> Codec:
             path=path,
         )
     if name in NAMES:
-        found = resolve(name, None, None, "b")
+        found = resolve(name, None, None, "b", allow)
         assert found is not None
         return found
     raise SerializerMismatchError(

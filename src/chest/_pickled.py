@@ -17,97 +17,56 @@ views on the file. The ``MEMOIZE`` that followed the payload stays where it was,
 
 The mark, eight bytes that do nothing, tells a file that has lost its footer from a pickle that never had one.
 
-Checksums (xxh3): one of the stream, one of each payload, one of the footer. The latter covers the others and thus
-identifies the content of the file. They find damage, not malice: a pickle may run any code that its author likes.
+The footer and its checksums are those of ``_valuefile``. They find damage, not malice: a pickle may run any code that its
+author likes, unless it is read with an unpickler that does not let it.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-import struct
 import sys
+from collections.abc import Callable
 from mmap import mmap
 from pickle import PickleBuffer
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-from xxhash import xxh3_64, xxh3_64_intdigest
-
-from chest._reducers import table
-from chest.errors import CorruptError, LoadError, short
+from ._reducers import table
+from ._valuefile import ALIGN, CHECKED, MARKS, Layout, Payload, Sink, Writable, bytes_of, read_footer, take_apart
+from .errors import ChestError, CorruptError, LoadError, short
 
 __all__ = ["CHECKED", "Layout", "Payload", "Pickler", "dump", "dumps", "load", "probe", "read_footer"]
 
-CHECKED = 1 << 20  # payloads up to this size are verified on every load
-ALIGN = 64
-
-_CHUNK = 1 << 20  # written in parts that are still in the processor's cache after they were hashed
 _JOINED = 1 << 20  # streams up to this size are put together in memory before they are read
 _PROTO = b"\x80\x05"
-_MARK = b"C\x05chest0"
-_MAGIC = b"CHESTv1\n"
-_ENTRY = struct.Struct("<QQQBB6x")  # offset, length, checksum, header, read-only
-_TRAILER = struct.Struct("<QQQQQ8s")  # checksum of the stream, end of the pickle, n payloads, n note, digest, magic
-_SEALED = 16  # digest and magic, which the digest does not cover
+_MARK = MARKS[0][2:]
 _NEXT_BUFFER = b"\x97"
-
-
-class _Writable(Protocol):
-    def write(self, data: Any, /) -> int | None: ...
-
-
-class Payload(NamedTuple):
-    """A buffer in a value file. ``header`` is the number of bytes of the opcode before it."""
-
-    offset: int
-    length: int
-    read_only: bool
-    header: int
-    checksum: int
-
-
-class Layout(NamedTuple):
-    """What the footer says. ``size`` is that of the whole file; ``digest`` differs if anything in the file does."""
-
-    size: int
-    stream: int
-    payloads: tuple[Payload, ...]
-    digest: int
-    note: bytes
 
 
 class Pickler(pickle.Pickler):
     """A pickler of protocol 5, in-band, that takes large values of numpy, polars and torch apart into buffers."""
 
-    def __init__(self, file: _Writable) -> None:
+    def __init__(self, file: Writable) -> None:
         super().__init__(file, 5)
         reducers = table()
         if reducers is not None:
             self.dispatch_table = reducers
 
 
-class _Sink:
-    """The file that the pickler sees. Without a ``write`` of its own it only works out what it would write.
+class _Sink(Sink):
+    """The file that the pickler sees."""
 
-    Attributes:
-        buffers: the payloads, each with whether it is read-only.
-    """
+    __slots__ = ("_held",)
 
-    __slots__ = ("_held", "_offset", "_payloads", "_stream", "_write", "buffers")
-
-    def __init__(self, file: _Writable | None) -> None:
-        self._write = None if file is None else file.write
-        self._offset = 0
+    def __init__(self, file: Writable | None) -> None:
+        super().__init__(file)
         self._held: Any = b""  # what the pickler wrote last: the header of the payload that comes next may be its end
-        self._stream = xxh3_64()
-        self._payloads: list[Payload] = []
-        self.buffers: list[tuple[memoryview, bool]] = []
 
     def write(self, data: Any) -> None:
         if type(data) is PickleBuffer:
             self._write_payload(data.raw())
             return
-        self._flush()
+        self.add(self._held)
         if not self._offset and not self._held and data[:2] == _PROTO:
             data = _PROTO + _MARK + data[2:]
         self._held = data
@@ -116,78 +75,22 @@ class _Sink:
         header = _header(raw.nbytes, raw.readonly)
         held = self._held
         if type(held) is not bytes or not held.endswith(header):  # a pickler that works otherwise: left in the stream
-            self._flush()
+            self.add(self._held)
             self._held = raw
             return
-        gap = -(self._offset + len(held)) % ALIGN
+        gap = self.gap(len(held))
         if gap:
             if gap < 3:  # push and pop take three bytes themselves
                 gap += ALIGN
             held = b"%bC%c%b0%b" % (held[: -len(header)], gap - 3, bytes(gap - 3), header)
-        self._held = held
-        self._flush()
+        self.add(held)
         self._held = b""
-        self.buffers.append((raw, raw.readonly))
-        checksum = 0
-        if self._write is not None:
-            payload = xxh3_64()
-            self._put_all(raw, payload, copy=raw.nbytes <= CHECKED)
-            checksum = payload.intdigest()
-        self._payloads.append(Payload(self._offset, raw.nbytes, raw.readonly, len(header), checksum))
-        self._offset += raw.nbytes
-
-    def _flush(self) -> None:
-        held = self._held
-        if len(held) <= _CHUNK and type(held) is bytes:
-            self._stream.update(held)
-            self._put(held)
-        else:
-            self._put_all(memoryview(held), self._stream, copy=type(held) is not bytes)
-        self._offset += len(held)
-
-    def _put_all(self, raw: memoryview, hasher: xxh3_64, *, copy: bool) -> None:
-        """Hash and write.
-
-        With ``copy``, hash and write a copy of each part: another thread that changes the value in between can then
-        tear it, as it can with any pickler, but not make a file that fails the checks of every load.
-        """
-        for start in range(0, len(raw), _CHUNK):
-            part: memoryview | bytes = raw[start : start + _CHUNK]
-            if copy:
-                part = bytes(part)
-            hasher.update(part)
-            self._put(part)
-
-    def _put(self, data: memoryview | bytes) -> None:
-        write = self._write
-        if write is None:
-            return
-        n = write(data)
-        if n is None or n == len(data):
-            return
-        rest = memoryview(data)
-        while n is not None and n != len(rest):
-            if not 0 < n < len(rest):  # also what would loop for ever
-                raise OSError(f"write() of the file took {n} of {len(rest)} bytes")
-            rest = rest[n:]
-            n = write(rest)
+        self.add_payload(raw, len(header))
 
     def stream(self) -> int:
-        """The checksum of the stream, complete."""
-        self._flush()
+        self.add(self._held)
         self._held = b""
-        return self._stream.intdigest()
-
-    def close(self, note: bytes) -> Layout:
-        """Write the footer."""
-        stream = self.stream()
-        payloads = self._payloads
-        parts = [_ENTRY.pack(p.offset, p.length, p.checksum, p.header, p.read_only) for p in payloads]
-        head = struct.pack("<QQQQ", stream, self._offset, len(payloads), len(note))
-        covered = b"".join((*parts, note, head))
-        digest = xxh3_64_intdigest(covered)
-        self._put(b"%b%b%b" % (covered, struct.pack("<Q", digest), _MAGIC))
-        return Layout(self._offset + len(covered) + _SEALED, stream, tuple(payloads), digest, bytes(note))
+        return super().stream()
 
 
 def _header(length: int, read_only: bool) -> bytes:
@@ -199,7 +102,7 @@ def _header(length: int, read_only: bool) -> bytes:
     return b"\x8e" + length.to_bytes(8, "little")
 
 
-def dump(value: object, file: _Writable, note: bytes = b"") -> Layout:
+def dump(value: object, file: Writable, note: bytes = b"") -> Layout:
     """The value stands in ``file``, from its current position on, which must be its beginning.
 
     Buffers are written from where they lie: beyond pickle's own memory, about 2 MB are needed. Not durable by itself.
@@ -242,38 +145,13 @@ def dumps(value: object) -> bytes:
     return file.getvalue()
 
 
-def read_footer(data: memoryview | mmap | bytes) -> Layout | None:
-    """The layout of a value file, None where the data has no footer and was not written with one.
-
-    Only the footer is read and checked, and the first bytes.
-
-    Raises:
-        CorruptError: the footer is damaged, or has gone.
-    """
-    view = _bytes_of(data)
-    size = len(view)
-    if size < _TRAILER.size or view[-8:] != _MAGIC:
-        if view[:10] == _PROTO + _MARK:
-            raise CorruptError("the footer is missing: the file was cut short or its end is damaged")
-        return None
-    stream, end, n_payloads, n_note, digest, _ = _TRAILER.unpack(view[-_TRAILER.size :])
-    table_end = end + n_payloads * _ENTRY.size
-    if table_end + n_note + _TRAILER.size != size:
-        raise CorruptError(f"the file has {size} bytes, which is not what its footer says")
-    if xxh3_64_intdigest(view[end : size - _SEALED]) != digest:
-        raise CorruptError("the footer fails its checksum")
-    payloads = []
-    free = 0
-    for offset, length, checksum, header, read_only in _ENTRY.iter_unpack(view[end:table_end]):
-        if read_only > 1 or offset - header < free or offset + length > end:
-            raise CorruptError("the footer describes buffers that cannot be")
-        free = offset + length
-        payloads.append(Payload(offset, length, read_only == 1, header, checksum))
-    return Layout(size, stream, tuple(payloads), digest, bytes(view[table_end : table_end + n_note]))
-
-
 def load(
-    data: memoryview | mmap | bytes, *, verify: bool = False, digest: int | None = None, payloads: bool = True
+    data: memoryview | mmap | bytes,
+    *,
+    verify: bool = False,
+    digest: int | None = None,
+    payloads: bool = True,
+    unpickler: Callable[..., Any] = pickle.Unpickler,
 ) -> tuple[Any, Layout | None]:
     """The value, and the layout of its file (None for a pickle without footer, which is loaded as it is).
 
@@ -287,63 +165,38 @@ def load(
         verify: check all payloads.
         digest: what the layout's ``digest`` must be.
         payloads: False checks none of them: they may have been changed in the mapping.
+        unpickler: the class that reads the stream.
 
     Raises:
         CorruptError: what is there is not what was written.
         LoadError: it is, but unpickling it fails; the cause is attached.
         MemoryError: as it comes.
     """
-    view = _bytes_of(data)
-    layout = read_footer(view)
-    if layout is None:
-        if digest is not None:
-            raise CorruptError("the footer is missing")
-        return _unpickle([view], ()), None
-    if digest is not None and layout.digest != digest:
-        raise CorruptError("this is the file of another value, or an older one")
-    n_footer = len(layout.payloads) * _ENTRY.size + len(layout.note) + _TRAILER.size
-    end = layout.size - n_footer
-    if not layout.payloads:
-        view = view[:end]
-        if xxh3_64_intdigest(view) != layout.stream:
-            raise CorruptError("the pickle fails its checksum")
-        return _unpickle([view], ()), layout
-    hasher = xxh3_64()
+    taken = take_apart(data, verify=verify, digest=digest, payloads=payloads)
+    if taken is None:
+        return _unpickle([bytes_of(data)], (), unpickler), None
+    stream, buffers, layout = taken
+    if not buffers:
+        return _unpickle([stream[0]], (), unpickler), layout
     parts: list[memoryview | bytes] = []
-    buffers: list[memoryview | bytearray] = []
-    start = 0
-    for offset, length, read_only, header, checksum in layout.payloads:
-        hasher.update(view[start:offset])
-        opcode = offset - header
-        if view[opcode:offset] != _header(length, read_only):
+    for piece, payload in zip(stream, layout.payloads, strict=False):  # the last piece has no payload behind it
+        opcode = len(piece) - payload.header
+        if piece[opcode:] != _header(payload.length, payload.read_only):
             raise CorruptError("the pickle and its footer disagree about the buffers")
-        payload = view[offset : offset + length]
-        if payloads and (verify or length <= CHECKED) and xxh3_64_intdigest(payload) != checksum:
-            raise CorruptError(f"the buffer of {length} bytes at {offset} fails its checksum")
-        parts += (view[start:opcode], _NEXT_BUFFER)
-        start = offset + length
-        buffers.append(payload.toreadonly() if read_only else bytearray(payload) if view.readonly else payload)
-    parts.append(view[start:end])
-    hasher.update(parts[-1])
-    if hasher.intdigest() != layout.stream:
-        raise CorruptError("the pickle fails its checksum")
+        parts += (piece[:opcode], _NEXT_BUFFER)
+    parts.append(stream[-1])
     if sum(map(len, parts)) <= _JOINED:
         parts = [b"".join(parts)]
-    return _unpickle(parts, buffers), layout
+    return _unpickle(parts, buffers, unpickler), layout
 
 
-def _bytes_of(data: memoryview | mmap | bytes) -> memoryview:
-    view = memoryview(data)
-    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
-
-
-def _unpickle(parts: list[memoryview | bytes], buffers: Any) -> Any:
+def _unpickle(parts: list[memoryview | bytes], buffers: Any, unpickler: Callable[..., Any]) -> Any:
     try:
-        if len(parts) == 1:
+        if len(parts) == 1 and unpickler is pickle.Unpickler:
             return pickle.loads(parts[0], buffers=buffers)
         file: Any = _Scattered(parts)
-        return pickle.Unpickler(file, buffers=buffers).load()
-    except MemoryError:
+        return unpickler(file, buffers=buffers).load()
+    except (MemoryError, ChestError):
         raise
     except Exception as error:
         raise LoadError(

@@ -72,6 +72,7 @@ class Portable(Sharing[K, V]):
             loose=given["loose"],
             verify=given["verify"] == "always",
             network=given["network"],
+            allow=given["allow"],
         )
 
     def _begun(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-from . import _changes, _keys, _pickled
+from . import _changes, _keys
 from ._records import BLOB, PACKED, Baseline, FileBaseline, Loaded, Ref
 from .abc import Index, Record
 from .errors import CorruptError, LoadError, short
@@ -41,6 +41,7 @@ class Reader:
         self.index = index
         self.blobs: Any = blobs
         self.codec = codec
+        self._files = codec.files if opener is None else None  # what writes value files that map
         self._label = label
         self._opener = opener
         self._files_only = loose is None or opener is not None or label is not None
@@ -71,12 +72,12 @@ class Reader:
         name = _keys.name_of(key)
         if name is not None:
             if create:
-                _keys.encode(key)
+                self.codec.encode(key)
             return name
         opaque = self._opaque_keys()
         name = opaque.get(key)
         if name is None and create:
-            _keys.pickled_key(key)  # refused now, not when it is written
+            self.codec.typed(key)  # refused now, not when it is written
             name = opaque[key] = _keys.opaque_name()
             self._opaque_names.add(name)
         return name
@@ -93,7 +94,7 @@ class Reader:
                     continue
                 items = self.index.page(record.seq - 1, 1)
                 if items and items[0].name == name:
-                    self._opaque[_keys.decode(name, items[0].typed)] = name
+                    self._opaque[self.codec.decode(name, items[0].typed)] = name
                     self._opaque_names.add(name)
             self._opaque_version = version
         return self._opaque
@@ -180,6 +181,8 @@ class Reader:
         body = record[3]
         try:
             value = self.codec.loads(body)
+        except LoadError:
+            raise
         except Exception as error:
             raise self._unloadable(key, error) from error
         return _loaded(Loaded, (value, record, None if type(value) in ATOMS or _changes.is_immutable(value) else body))
@@ -190,8 +193,8 @@ class Reader:
             view = self.blobs.read(ref.blob, ref.label)
             if len(view) != ref.size and ref.digest:
                 raise CorruptError(f"the file {path} has {len(view)} bytes instead of {ref.size}", path=path)
-            if self.codec.native and self._opener is None:
-                value, layout = _pickled.load(view, verify=self._verify, digest=ref.digest or None)
+            if self._files is not None:
+                value, layout = self._files.load(view, verify=self._verify, digest=ref.digest or None)
                 if _changes.is_immutable(value):
                     return Loaded(value, record, None)
                 if layout is not None:
@@ -212,6 +215,9 @@ class Reader:
             raise self._unloadable(key, error, path) from error
         try:
             value = self._load_foreign(view, path)
+        except LoadError as error:
+            error.path = error.path or path
+            raise
         except Exception as error:
             raise self._unloadable(key, error, path) from error
         return Loaded(value, record, None if _changes.is_immutable(value) else self.codec.digest(value))
@@ -240,7 +246,7 @@ class Reader:
         if isinstance(error, CorruptError):
             advice = "Put it back from a backup, or make do without: delete the key, or set it again."
             return CorruptError(f"the value of {short(key)}{where} is damaged: {what}. {advice}", key=key, path=error.path)
-        return LoadError(f"the value of {short(key)}{where} cannot be loaded: {what}.", key=key, path=error.path)
+        return type(error)(f"the value of {short(key)}{where} cannot be loaded: {what}.", key=key, path=error.path)
 
     # --- has it changed?
 
@@ -271,13 +277,15 @@ class Reader:
         return self._decode(key, name, record)
 
     def _file_changed(self, key: Hashable, value: Any, version: int, baseline: FileBaseline) -> bool:
-        stream, buffers = _pickled.probe(value)
+        files = self._files
+        assert files is not None  # that is where such a baseline comes from
+        stream, buffers = files.probe(value)
         layout = baseline.layout
         stored: memoryview | None = None
         if len(buffers) != len(layout.payloads):
             return True
         if stream != layout.stream and (
-            baseline.view is None or _pickled.probe(_pickled.load(baseline.view, payloads=False)[0])[0] != stream
+            baseline.view is None or files.probe(files.load(baseline.view, payloads=False)[0])[0] != stream
         ):
             return True
         start = 0 if baseline.view is None else _changes.address_of(baseline.view)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Any, NamedTuple, Protocol
 
-from . import _pickled
+from ._valuefile import Layout
 from .abc import Record
 from .errors import ChestError, CorruptError
 
@@ -70,7 +70,7 @@ class FileBaseline(NamedTuple):
     ``view`` is the private mapping that its buffers lie in, None if they are in memory of their own.
     """
 
-    layout: _pickled.Layout
+    layout: Layout
     view: memoryview | None
 
 

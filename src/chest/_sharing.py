@@ -18,7 +18,7 @@ from abc import abstractmethod
 from collections.abc import Hashable, Iterator
 from typing import Any, TypeVar, cast
 
-from . import _changes, _keys
+from . import _changes
 from ._dictionary import Dictionary
 from ._hot import Entry
 from ._inside import Inside
@@ -265,7 +265,7 @@ class Sharing(Dictionary[K, V]):
         store = self._store
         newest, changed = store.index.changed_since(version)
         if changed is not None:
-            return [cast(K, _keys.decode(name, typed)) for name, typed in dict(changed).items()], newest
+            return [cast(K, self._store.codec.decode(name, typed)) for name, typed in dict(changed).items()], newest
         keys: list[K] = []
         after = None
         while page := store.index.page(after):

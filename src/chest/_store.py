@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import xxhash
 
-from . import _fs, _keys, _pickled, errors
+from . import _fs, errors
 from ._changes import is_immutable
 from ._hot import pack_rows, read_key
 from ._reading import Reader
@@ -40,6 +40,7 @@ from ._records import (
     pack_note,
     unpack_note,
 )
+from ._valuefile import Layout
 from .abc import OrderItem, Put, Record, Row
 from .errors import ChestError, CorruptError, DiskFullError, FailedError, SerializeError, WriteError, short
 
@@ -150,7 +151,7 @@ class Store(Reader):
 
     def _serialize(self, items: Iterator[Unwritten], batch: _Batch, failed: dict[Any, ChestError]) -> bool:
         """Put values into a batch until it is full; False if they are all in it."""
-        dumps, dumps_atom, encode, fixed = self.codec.dumps, self.codec.dumps_atom, _keys.encode, is_immutable
+        dumps, dumps_atom, encode, fixed = self.codec.dumps, self.codec.dumps_atom, self.codec.encode, is_immutable
         size, small = 0, 0 if self._files_only else 2 * SMALL
         most = COMMIT_ITEMS if self.index.nbytes() > LARGE_INDEX else sys.maxsize
         part, n_failed = islice(items, most), len(failed)
@@ -173,7 +174,7 @@ class Store(Reader):
                 return size >= COMMIT_BYTES or len(batch.items) + len(failed) - n_failed >= most
             key, value = item.key, item.value
             try:
-                name, typed = encode(key) or (self.name(key, create=True) or b"", _keys.pickled_key(key))
+                name, typed = encode(key) or (self.name(key, create=True) or b"", self.codec.typed(key))
                 row: Row
                 if item.size < small and len(body := dumps(value)) < SMALL:
                     row = name, item.seq, PACKED, body, typed, item.fresh
@@ -211,15 +212,15 @@ class Store(Reader):
         return refusal
 
     def _serialize_blob(self, item: Unwritten, name: bytes, typed: bytes, batch: _Batch) -> tuple[Row, Baseline]:
-        layout: list[_pickled.Layout] = []
+        layout: list[Layout] = []
         value = item.value
         fixed = is_immutable(value)
-        native = self.codec.native and self._opener is None
+        files = self._files
         note = key_note(name, typed)
 
         def dump(file: Any) -> None:
-            if native:
-                layout.append(_pickled.dump(value, file, note))
+            if files is not None:
+                layout.append(files.dump(value, file, note))
             elif self._opener is None:
                 self.codec.dump_to(value, file)
             else:
@@ -232,7 +233,7 @@ class Store(Reader):
                 self.blobs.remove([blob])
                 return Put(name, item.seq, PACKED, body, typed, item.fresh), None if fixed else _hash(body)
             baseline: Baseline
-            if native:
+            if layout:
                 digest, baseline = layout[0].digest, FileBaseline(layout[0], None)
             else:
                 digest, baseline = _hash(self.blobs.read(blob, "")), None if fixed else self.codec.digest(value)
@@ -249,7 +250,7 @@ class Store(Reader):
         for item in items:
             key, seq, record, path = item
             try:
-                name, typed = _keys.encode(key) or (self.name(key, create=True) or b"", _keys.pickled_key(key))
+                name, typed = self.codec.encode(key) or (self.name(key, create=True) or b"", self.codec.typed(key))
                 kind, body = PACKED, record.body
                 if record.kind == BLOB:
                     kind, body = BLOB, self._link(key, name, Ref.unpack(body), path, batch)
@@ -444,7 +445,7 @@ class Store(Reader):
 
     def key(self, item: OrderItem) -> Any:
         """The key of an item of the order, with the type it was first set with."""
-        return read_key(item[1], item[2], _keys.decode)
+        return read_key(item[1], item[2], self.codec.decode)
 
     def close(self) -> None:
         self.blobs.close()

@@ -71,7 +71,11 @@ class Chest(Portable[K, V]):
             becomes a file then.
         mode: ``"b"`` or ``"t"``: whether ``dump`` writes bytes or text. Text in a binary file is encoded as UTF-8.
         serializer: instead of ``dump`` and ``load``: a name (``"pickle"``, ``"json"``, ``"cloudpickle"``, ``"dill"``,
-            ``"joblib"``, ``"marshal"``), or anything that has both. The chest remembers it.
+            ``"joblib"``, ``"marshal"``; ``"safe"``, of which nothing is ever run), or anything that has both. The chest
+            remembers it.
+        allow: names of the classes and functions, and of modules whose classes, pickles may ask for when they are loaded;
+            ``"numpy"``, ``"pandas"``, ``"pyarrow"``, ``"polars"`` and ``"torch"`` stand for what these packages' values need.
+            Not remembered. None: pickles may run anything.
         loose: up to this number of keys small values also have a readable file of their own; None: every value is a file.
         verify: ``"auto"`` checks everything but the inside of buffers above 1 MiB when a value is loaded, ``"always"`` that
             too, which reads all of them.
@@ -103,9 +107,11 @@ class Chest(Portable[K, V]):
         verify: str = "auto",
         write_through: bool = False,
         network: bool = False,
+        allow: Iterable[str] | None = None,
     ) -> None:
         limit = parse_memory(available_memory)
-        codec = resolve(serializer, dump, load, mode)
+        allow = allow if allow is None or isinstance(allow, str) else list(allow)
+        codec = resolve(serializer, dump, load, mode, allow)
         if verify not in ("auto", "always"):
             raise ValueError(f"verify is {verify!r}: choose 'auto' or 'always'")
         if loose is not None and (type(loose) is not int or loose < 0):
@@ -133,6 +139,7 @@ class Chest(Portable[K, V]):
             "verify": verify,
             "write_through": write_through,
             "network": network,
+            "allow": allow,
         }
         try:
             store = self._open_store(codec)

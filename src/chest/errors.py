@@ -8,7 +8,8 @@
     │   └── SerializeError (TypeError) ... because its serializer refused it
     ├── DiskFullError (OSError)        ENOSPC: nothing was lost, make room and go on
     ├── LoadError                      a whole value that its serializer cannot load (a missing class, for instance)
-    │   └── CorruptError               damage: what is on disk is not what was written
+    │   ├── CorruptError               damage: what is on disk is not what was written
+    │   └── NotAllowedError            its pickle needs what the allow-list does not name
     ├── SerializerMismatchError (ValueError)  the chest was written with another serializer
     ├── PathError (OSError)            the path cannot hold a chest
     │   └── NetworkPathError           ... because it lies on a network file system
@@ -37,6 +38,7 @@ __all__ = [
     "LoadError",
     "MissingExtraError",
     "NetworkPathError",
+    "NotAllowedError",
     "PathError",
     "SerializeError",
     "SerializerMismatchError",
@@ -118,6 +120,10 @@ class LoadError(ChestError):
 
 class CorruptError(LoadError):
     """What is on disk is not what was written."""
+
+
+class NotAllowedError(LoadError):
+    """A pickle asks for a class or function that ``Chest(allow=...)`` does not name. Nothing of it was run."""
 
 
 class SerializerMismatchError(ChestError, ValueError):

@@ -1,8 +1,9 @@
-"""What fuzzers aim at: the readers of value files, of records, of references and notes, and of names.
+"""What fuzzers aim at: the readers of value files, of records, of references and notes, of names, of what the safe
+serializer writes, and of pickles that an allow-list bounds.
 
 Each target takes any bytes, and raises if chest does what it must not: another error than a documented one, or a value
-without one that is not what was written. Nothing is ever unpickled, for arbitrary pickles run arbitrary code: the
-unpickler is replaced by one that only looks at what has come through to it.
+without one that is not what was written. Nothing is ever unpickled without an allow-list, for arbitrary pickles run arbitrary
+code: the unpickler is replaced by one that only looks at what has come through to it.
 
 As a script, with the package atheris, a run that is guided by coverage:
 
@@ -13,16 +14,23 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import io
+import pickle
+import re
 import struct
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from pickle import PickleBuffer
 from typing import Any
 from unittest import mock
+from uuid import UUID
 
 from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
@@ -31,11 +39,12 @@ if __name__ == "__main__":
     with atheris.instrument_imports(include=["chest"]):
         import chest  # noqa: F401
 
-from chest import _keys, _pickled
+from chest import _keys, _pickled, _valuefile
 from chest._records import Ref, pack_note, unpack_note
 from chest.abc import Put, Record
 from chest.engines._lmdb import LmdbIndex
 from chest.errors import CorruptError, LoadError
+from chest.serializers._allowed import AllowedPickles
 
 Target = Callable[[bytes], None]
 
@@ -105,16 +114,21 @@ FILES = [
     _file(bytearray(b"large " * 40), b"small", b""),
     b"\x80\x04N.",
 ]
+_UNPICKLE = _pickled._unpickle
 _through: list[tuple[list[bytes], list[bytes]]] = []  # what has come through to the unpickler
 
 
-def _look(parts: list[Any], buffers: Any) -> None:
+def _look(parts: list[Any], buffers: Any, unpickler: Any) -> None:
     _through.append(([bytes(part) for part in parts], [bytes(buffer) for buffer in buffers]))
 
 
 @contextlib.contextmanager
 def nothing_is_unpickled() -> Iterator[None]:
-    with mock.patch.multiple(_pickled, _unpickle=_look, CHECKED=CHECKED), mock.patch.object(_keys, "pickle", None):
+    with (
+        mock.patch.object(_pickled, "_unpickle", _look),
+        mock.patch.object(_valuefile, "CHECKED", CHECKED),
+        mock.patch.object(_keys, "pickle", None),
+    ):
         yield
 
 
@@ -292,6 +306,121 @@ def name(data: bytes) -> None:
         assert _keys.name_of(key) == data, f"this is the name of another key, {key!r}"
 
 
+# --- what the safe serializer writes
+
+
+def _safe_values() -> list[Any]:
+    """One of each kind; those of packages where they are installed."""
+    values: list[Any] = [
+        *(
+            None,
+            {"a": [1, 2.5, True, "text", b"bytes"]},
+            (1, ("x",)),
+            [(1, "a"), (2, "b")],
+            {1, 2},
+            frozenset({(1,)}),
+            {(1,): 2},
+        ),
+        *(
+            2**70,
+            "\ud800",
+            1j,
+            bytearray(b"x"),
+            Decimal("1.5"),
+            Fraction(1, 3),
+            UUID(int=1),
+            range(3),
+            slice(1),
+            ...,
+            Path("x"),
+        ),
+        *(datetime(2020, 1, 1, tzinfo=timezone.utc), date(2020, 1, 1), time(1, 2), timedelta(1)),
+    ]
+    with contextlib.suppress(ImportError):
+        numpy: Any = importlib.import_module("numpy")
+        values += [numpy.arange(6.0).reshape(2, 3), numpy.ones(2, [("a", "i4"), ("b", "M8[s]")]), numpy.float32(1)]
+        pandas: Any = importlib.import_module("pandas")
+        dates = pandas.date_range("2020", periods=2)
+        frame = {
+            "a": [1.0, 2.0],
+            "s": ["x", None],
+            "c": pandas.Categorical(["a", "b"]),
+            "i": pandas.array([1, None], dtype="Int64"),
+        }
+        values += [pandas.DataFrame(frame, index=dates), pandas.MultiIndex.from_tuples([(1, "a"), (2, "b")]), pandas.NaT]
+        arrow: Any = importlib.import_module("pyarrow")
+        values += [arrow.table({"a": [1, 2], "s": ["x", None], "l": [[1], []]}), arrow.array(["a", "b"]).dictionary_encode()]
+    return values
+
+
+def _safe_seeds() -> list[bytes]:
+    if importlib.util.find_spec("msgspec") is None:
+        return []
+    _safe: Any = importlib.import_module("chest.serializers._safe")
+    seeds = []
+    for value in _safe_values():
+        file = io.BytesIO()
+        _safe.dump(value, file, b"note")
+        seeds += [_safe.dumps(value), file.getvalue()]
+    return seeds
+
+
+SAFE_SEEDS = _safe_seeds()
+
+
+def safe(data: bytes) -> None:
+    """What is read at all can be written again, and then is the same; what cannot is nested too deep, or of too many parts."""
+    _safe: Any = importlib.import_module("chest.serializers._safe")
+    for read in (_safe.loads, lambda data: _safe.load_file(data, verify=True)[0]):
+        try:
+            value = read(data)
+        except (CorruptError, LoadError, MemoryError):
+            continue
+        with contextlib.suppress(TypeError):
+            again = _safe.dumps(value)
+            assert _safe.dumps(_safe.loads(again)) == again, "a value that is not what was written"
+
+
+# --- pickles that an allow-list bounds
+
+
+class Innocent:
+    """What the list allows."""
+
+
+_ALLOWED = AllowedPickles([__name__])
+PICKLES = [
+    *(pickle.dumps([Innocent(), *_safe_values()[:-6]], protocol) for protocol in (0, 2, 5)),
+    b"cos\nsystem\n(S'true'\ntR.",
+    b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93\x8c\x011\x85R.",
+    b"\x80\x04\x8c\x08builtins\x8c\x07getattr\x93\x8c\x04uuid\x8c\x04UUID\x93\x8c\x08__init__\x86R.",
+    b"\x80\x04\x82\x01.",
+]
+_BOMB = re.compile(rb"r.{2}[^\0]|r..[^\0]|p\d{6}|I\d{7}|L\d{7}", re.DOTALL)
+"""Places in the memo, and numbers, that take all memory there is: an allow-list is no bound for that."""
+
+
+def allowed(data: bytes) -> None:
+    """Nothing is found but what is allowed, and whatever comes of it is a documented error."""
+    if _BOMB.search(data):
+        return
+    found: list[tuple[str, str]] = []
+
+    def note(module: str, qualname: str) -> Any:
+        found.append((module, qualname))
+        return _found(module, qualname)
+
+    _found = AllowedPickles._found
+    with (
+        mock.patch.object(AllowedPickles, "_found", staticmethod(note)),
+        mock.patch.object(_pickled, "_unpickle", _UNPICKLE),
+        contextlib.suppress(CorruptError, LoadError, MemoryError),
+    ):
+        _ALLOWED.load_file(data)
+    for module, qualname in found:
+        assert (module, qualname) in _ALLOWED._known or module == __name__, f"{module}.{qualname} was found"
+
+
 # --- all of them
 
 
@@ -304,6 +433,8 @@ INPUTS: dict[str, list[bytes]] = {
     "record": [bytes([table, way]) + bytes([1, 3, 0, 9]) for table in range(4) for way in range(4)],
     "reference": REFERENCES,
     "name": NAMES,
+    "safe": SAFE_SEEDS,
+    "allowed": PICKLES,
 }
 
 
@@ -313,7 +444,8 @@ def aimed_at(name_of_target: str) -> Iterator[Target]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(nothing_is_unpickled())
         if name_of_target != "record":
-            yield {"value_file": value_file, "reference": reference, "name": name}[name_of_target]
+            targets = {"value_file": value_file, "reference": reference, "name": name, "safe": safe, "allowed": allowed}
+            yield targets[name_of_target]
             return
         records = Records(stack.enter_context(tempfile.TemporaryDirectory(prefix="chest-fuzz-")))
         stack.callback(records.index.close)

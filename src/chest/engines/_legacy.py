@@ -22,7 +22,7 @@ from typing import Any
 
 from .. import _fs, _keys
 from ..abc import Commit, Index, OrderItem, Put, Record
-from ..errors import CorruptError
+from ..errors import CorruptError, LoadError
 
 __all__ = ["LegacyIndex", "finish_upgrade", "read_pairs"]
 
@@ -43,7 +43,11 @@ def finish_upgrade(root: str) -> None:
 
 
 def read_pairs(
-    path: str, opener: Callable[..., Any] | None, load: Callable[[Any], Any] | None, text: bool
+    path: str,
+    opener: Callable[..., Any] | None,
+    load: Callable[[Any], Any] | None,
+    text: bool,
+    unpickle: Callable[[bytes], Any] = pickle.loads,
 ) -> tuple[list[tuple[Hashable, str]], str]:
     """The pairs of a ``.keys`` file, and which serializer reads it ("" for the caller's own).
 
@@ -56,9 +60,9 @@ def read_pairs(
                 pairs, name = load(file), ""
             else:
                 data = file.read()
-                pairs, name = (json.loads(data), "json") if data[:1] == b"[" else (pickle.loads(data), "pickle")
+                pairs, name = (json.loads(data), "json") if data[:1] == b"[" else (unpickle(data), "pickle")
         return [(_hashable(key), os.fspath(filename)) for key, filename in pairs], name
-    except OSError:
+    except (OSError, LoadError):
         raise
     except Exception as error:
         raise CorruptError(

@@ -2,7 +2,8 @@
 
 Anything with ``dump(value, file)`` and ``load(file)`` is one: ``pickle``, ``json``, ``cloudpickle``, ``joblib``, a class of
 the user's. ``resolve`` brings whatever the user gave into one form, a ``Codec``, and gives it the name by which a chest
-remembers it. The default, ``pickle``, writes value files that map (``_pickled``); all others write what they write.
+remembers it. The default, ``pickle``, writes value files that map (``_pickled``), and so does ``safe`` (``_safe``), of which
+nothing is ever run; all others write what they write. Keys are pickled, except by ``safe``.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import functools
 import importlib
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
-from .. import _pickled
+from .. import _keys, _pickled
 from ..errors import MissingExtraError
 
 __all__ = ["NAMES", "Codec", "resolve"]
@@ -25,7 +26,7 @@ __all__ = ["NAMES", "Codec", "resolve"]
 Dump = Callable[[Any, Any], Any]
 Load = Callable[[Any], Any]
 
-NAMES = ("pickle", "json", "marshal", "cloudpickle", "dill", "joblib")
+NAMES = ("pickle", "safe", "json", "marshal", "cloudpickle", "dill", "joblib")
 """Serializers that can be given, and are remembered, by name. Their modules have ``dump`` and ``load``."""
 
 
@@ -35,27 +36,54 @@ _GATHERED = 1 << 16  # bytes; larger writes go to the file as they are
 _pickle_atom = functools.partial(pickle.dumps, protocol=5)
 
 
+class Files(NamedTuple):
+    """What writes and reads value files that map: ``dump``, ``load`` and ``probe`` of ``_pickled``, or the like."""
+
+    dump: Callable[..., Any]
+    load: Callable[..., Any]
+    probe: Callable[..., Any]
+
+
 class Codec:
-    """A serializer in the one form that the store uses.
+    """A serializer in the one form that the store uses: values, small and as files, and keys.
 
     Attributes:
         name: what the chest remembers; a name of ``NAMES`` can be found again without the user's help.
-        native: values are value files that map (the default pickle).
+        files: writes and reads value files that map; None where a file is what ``dump`` writes.
         dump, load: as the user gave them, or the module's.
         dumps, loads: from and to bytes, for values that are small.
         dumps_atom: the same as ``dumps``, for text, bytes, numbers and None.
+        encode, decode, typed: ``encode``, ``decode`` and ``pickled_key`` of ``_keys``, or the like.
     """
 
-    def __init__(self, name: str, dump: Dump, load: Load, *, text: bool = False, native: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        dump: Dump,
+        load: Load,
+        *,
+        text: bool = False,
+        files: Files | None = None,
+        small: tuple[Callable[[Any], bytes], Callable[[Any], Any]] | None = None,
+        typed: Callable[[Hashable], bytes] | None = None,
+        load_key: Callable[[bytes], Any] | None = None,
+    ) -> None:
         self.name = name
         self.dump = dump
         self.load = load
-        self.native = native
+        self.files = files
         self._text = text
         # Attributes and not methods: one call less on the hot paths.
-        self.dumps: Callable[[Any], bytes] = _pickled.dumps if native else self._dumps
-        self.dumps_atom: Callable[[Any], bytes] = _pickle_atom if native else self._dumps
-        self.loads: Callable[[Any], Any] = pickle.loads if native else self._loads
+        self.dumps: Callable[[Any], bytes]
+        self.loads: Callable[[Any], Any]
+        self.dumps, self.loads = small or (self._dumps, self._loads)
+        self.dumps_atom = _pickle_atom if self.dumps is _pickled.dumps else self.dumps
+        self.typed: Callable[[Hashable], bytes] = typed or _keys.pickled_key
+        self.encode: Callable[[Hashable], _keys.Encoded | None] = _keys.encode
+        self.decode: Callable[[bytes, bytes], Hashable] = _keys.decode
+        if load_key is not None:
+            self.encode = functools.partial(_keys.encode, typed_of=self.typed, loads=load_key)
+            self.decode = functools.partial(_keys.decode, loads=load_key)
 
     @property
     def text(self) -> bool:
@@ -211,13 +239,54 @@ def _module(name: str) -> ModuleType:
         raise MissingExtraError(f"the serializer {name!r} needs the package {name}: pip install {name}") from error
 
 
-def _named(name: str) -> Codec:
+def _named(name: str, allow: Iterable[str] | None = None) -> Codec:
     if name == "pickle":
-        return Codec("pickle", _pickled.dump, pickle.load, native=True)
+        return _pickle_codec(allow)
+    if name == "safe":
+        return _safe_codec()
     if name not in NAMES:
         raise ValueError(f"no serializer is named {name!r}: choose one of {', '.join(NAMES)}, or give a module or object")
     module = _module(name)
-    return Codec(name, module.dump, module.load)
+    return _restricted(Codec(name, module.dump, module.load), allow)
+
+
+def _pickle_codec(allow: Iterable[str] | None) -> Codec:
+    if allow is None:
+        files = Files(_pickled.dump, _pickled.load, _pickled.probe)
+        return Codec("pickle", _pickled.dump, pickle.load, files=files, small=(_pickled.dumps, pickle.loads))
+    from ._allowed import AllowedPickles
+
+    allowed = AllowedPickles(allow)
+    files = Files(_pickled.dump, allowed.load_file, _pickled.probe)
+    small = _pickled.dumps, allowed.loads
+    return Codec("pickle", _pickled.dump, allowed.load, files=files, small=small, load_key=allowed.loads)
+
+
+def _safe_codec() -> Codec:
+    from . import _safe as safe
+
+    files = Files(safe.dump, safe.load_file, safe.probe)
+    return Codec(
+        "safe", safe.dump, safe.load, files=files, small=(safe.dumps, safe.loads), typed=safe.typed_key, load_key=safe.loads
+    )
+
+
+def _restricted(codec: Codec, allow: Iterable[str] | None) -> Codec:
+    """A codec whose keys are read with the allow-list, where its values come from no pickle."""
+    if allow is None or codec.name == "safe":
+        return codec
+    if codec.name not in _HARMLESS:
+        raise ValueError(
+            f"allow= says what pickles may name, and the serializer {codec.name} loads values in a way of its own: choose "
+            "pickle, safe or json, or leave allow= out."
+        )
+    from ._allowed import AllowedPickles
+
+    keys = AllowedPickles(allow)
+    return Codec(codec.name, codec.dump, codec.load, text=codec.text, load_key=keys.loads)
+
+
+_HARMLESS = ("json",)  # runs nothing that it loads; neither does marshal, but damage can crash it
 
 
 def _describe(function: Any) -> str:
@@ -241,11 +310,13 @@ def _pair_name(dump: Any, load: Any) -> str:
     return f"{d} with {r}"
 
 
-def resolve(serializer: Any, dump: Dump | None, load: Load | None, mode: str) -> Codec | None:
+def resolve(
+    serializer: Any, dump: Dump | None, load: Load | None, mode: str, allow: Iterable[str] | None = None
+) -> Codec | None:
     """The serializer that the user asked for, None if none was named.
 
     Raises:
-        ValueError, TypeError: nonsense, with what would do.
+        ValueError, TypeError: nonsense, with what would do; ``allow`` for a serializer that it cannot bound.
         MissingExtraError: the package of a named serializer is not installed.
     """
     if mode not in ("b", "t"):
@@ -255,20 +326,21 @@ def resolve(serializer: Any, dump: Dump | None, load: Load | None, mode: str) ->
         if dump is not None or load is not None:
             raise TypeError("give either serializer= or the pair dump= and load=, not both")
         if isinstance(serializer, str):
-            return _named(serializer)
+            return _named(serializer, allow)
         if isinstance(serializer, ModuleType) and serializer.__name__ in NAMES:
-            return _named(serializer.__name__)
+            return _named(serializer.__name__, allow)
         if not callable(getattr(serializer, "dump", None)) or not callable(getattr(serializer, "load", None)):
             raise TypeError(f"serializer {serializer!r} needs the functions dump(value, file) and load(file)")
         name = serializer.__name__ if isinstance(serializer, (ModuleType, type)) else _describe(type(serializer))
-        return Codec(name, serializer.dump, serializer.load, text=text)
+        return _restricted(Codec(name, serializer.dump, serializer.load, text=text), allow)
     if dump is None and load is None:
+        if allow is not None:
+            _named("pickle", allow)  # nonsense is refused before a folder is touched
         return None
     if dump is None or load is None:
         default = _named("pickle")
         dump, load = dump or default.dump, load or default.load
-    return Codec(_pair_name(dump, load), dump, load, text=text)
-
-
-def _no_text(*_: Any) -> Any:
-    raise TypeError("mode='t' needs a serializer that writes text: give dump= and load=, json.dump and json.load for instance")
+    name = _pair_name(dump, load)
+    if name == "pickle" and allow is not None:
+        return _named(name, allow)
+    return _restricted(Codec(name, dump, load, text=text), allow)

@@ -1,0 +1,232 @@
+"""The value file: a stream, with large buffers in it or behind it that can be mapped, and a footer that describes them.
+
+::
+
+    stream, PAYLOADs among it at multiples of 64 | table of payloads | note | trailer
+
+What the stream is written in is the serializer's (``_pickled``: a plain pickle, ``serializers._safe``: MessagePack); here is
+what they share: how a file is written through one sink, checked, and taken apart again. Checksums (xxh3): one of the
+stream, one of each payload, one of the footer. The latter covers the others and thus identifies the content of the file.
+They find damage, not malice.
+"""
+
+from __future__ import annotations
+
+import struct
+from mmap import mmap
+from typing import Any, NamedTuple, Protocol
+
+from xxhash import xxh3_64, xxh3_64_intdigest
+
+from .errors import CorruptError
+
+__all__ = ["ALIGN", "CHECKED", "MARKS", "Layout", "Parts", "Payload", "Sink", "Writable", "read_footer", "take_apart"]
+
+CHECKED = 1 << 20  # payloads up to this size are verified on every load
+ALIGN = 64
+MARKS = (b"\x80\x05C\x05chest0", b"\xa7chest-1")
+"""How the streams of files with a footer begin, in pickles and in MessagePack: it tells a file that has lost its footer
+from one that never had any."""
+
+_CHUNK = 1 << 20  # written in parts that are still in the processor's cache after they were hashed
+_MAGIC = b"CHESTv1\n"
+_ENTRY = struct.Struct("<QQQBB6x")  # offset, length, checksum, header, read-only
+_TRAILER = struct.Struct("<QQQQQ8s")  # checksum of the stream, its end, n payloads, n note, digest, magic
+_SEALED = 16  # digest and magic, which the digest does not cover
+
+
+class Writable(Protocol):
+    def write(self, data: Any, /) -> int | None: ...
+
+
+class Payload(NamedTuple):
+    """A buffer in a value file. ``header`` is the number of bytes of the stream before it that belong to it."""
+
+    offset: int
+    length: int
+    read_only: bool
+    header: int
+    checksum: int
+
+
+class Layout(NamedTuple):
+    """What the footer says. ``size`` is that of the whole file; ``digest`` differs if anything in the file does."""
+
+    size: int
+    stream: int
+    payloads: tuple[Payload, ...]
+    digest: int
+    note: bytes
+
+
+class Parts(NamedTuple):
+    """A file taken apart: the stream before, between and behind the payloads, and the payloads as views on the file."""
+
+    stream: list[memoryview]
+    buffers: list[memoryview | bytearray]
+    layout: Layout
+
+
+class Sink:
+    """What a value file is written through. Without a file it only works out what would be written.
+
+    Attributes:
+        buffers: the payloads, each with whether it is read-only.
+    """
+
+    __slots__ = ("_offset", "_payloads", "_stream", "_write", "buffers")
+
+    def __init__(self, file: Writable | None) -> None:
+        self._write = None if file is None else file.write
+        self._offset = 0
+        self._stream = xxh3_64()
+        self._payloads: list[Payload] = []
+        self.buffers: list[tuple[memoryview, bool]] = []
+
+    def add(self, data: Any) -> None:
+        """The next piece of the stream."""
+        if len(data) <= _CHUNK and type(data) is bytes:
+            self._stream.update(data)
+            self._put(data)
+        else:
+            self._put_all(memoryview(data), self._stream, copy=type(data) is not bytes)
+        self._offset += len(data)
+
+    def gap(self, n: int = 0) -> int:
+        """How many bytes are missing to a multiple of 64, ``n`` bytes from here."""
+        return -(self._offset + n) % ALIGN
+
+    def add_payload(self, raw: memoryview, header: int = 0) -> None:
+        """A buffer, right here: the stream must have been brought to a multiple of 64."""
+        self.buffers.append((raw, raw.readonly))
+        checksum = 0
+        if self._write is not None:
+            payload = xxh3_64()
+            self._put_all(raw, payload, copy=raw.nbytes <= CHECKED)
+            checksum = payload.intdigest()
+        self._payloads.append(Payload(self._offset, raw.nbytes, raw.readonly, header, checksum))
+        self._offset += raw.nbytes
+
+    def _put_all(self, raw: memoryview, hasher: xxh3_64, *, copy: bool) -> None:
+        """Hash and write.
+
+        With ``copy``, hash and write a copy of each part: another thread that changes the value in between can then
+        tear it, as it can with any pickler, but not make a file that fails the checks of every load.
+        """
+        for start in range(0, len(raw), _CHUNK):
+            part: memoryview | bytes = raw[start : start + _CHUNK]
+            if copy:
+                part = bytes(part)
+            hasher.update(part)
+            self._put(part)
+
+    def _put(self, data: memoryview | bytes) -> None:
+        write = self._write
+        if write is None:
+            return
+        n = write(data)
+        if n is None or n == len(data):
+            return
+        rest = memoryview(data)
+        while n is not None and n != len(rest):
+            if not 0 < n < len(rest):  # also what would loop for ever
+                raise OSError(f"write() of the file took {n} of {len(rest)} bytes")
+            rest = rest[n:]
+            n = write(rest)
+
+    def stream(self) -> int:
+        """The checksum of the stream, complete."""
+        return self._stream.intdigest()
+
+    def close(self, note: bytes) -> Layout:
+        """Write the footer."""
+        stream = self.stream()
+        payloads = self._payloads
+        parts = [_ENTRY.pack(p.offset, p.length, p.checksum, p.header, p.read_only) for p in payloads]
+        head = struct.pack("<QQQQ", stream, self._offset, len(payloads), len(note))
+        covered = b"".join((*parts, note, head))
+        digest = xxh3_64_intdigest(covered)
+        self._put(b"%b%b%b" % (covered, struct.pack("<Q", digest), _MAGIC))
+        return Layout(self._offset + len(covered) + _SEALED, stream, tuple(payloads), digest, bytes(note))
+
+
+def read_footer(data: memoryview | mmap | bytes) -> Layout | None:
+    """The layout of a value file, None where the data has no footer and was not written with one.
+
+    Only the footer is read and checked, and the first bytes.
+
+    Raises:
+        CorruptError: the footer is damaged, or has gone.
+    """
+    view = bytes_of(data)
+    size = len(view)
+    if size < _TRAILER.size or view[-8:] != _MAGIC:
+        if bytes(view[:10]).startswith(MARKS):
+            raise CorruptError("the footer is missing: the file was cut short or its end is damaged")
+        return None
+    stream, end, n_payloads, n_note, digest, _ = _TRAILER.unpack(view[-_TRAILER.size :])
+    table_end = end + n_payloads * _ENTRY.size
+    if table_end + n_note + _TRAILER.size != size:
+        raise CorruptError(f"the file has {size} bytes, which is not what its footer says")
+    if xxh3_64_intdigest(view[end : size - _SEALED]) != digest:
+        raise CorruptError("the footer fails its checksum")
+    payloads = []
+    free = 0
+    for offset, length, checksum, header, read_only in _ENTRY.iter_unpack(view[end:table_end]):
+        if read_only > 1 or offset - header < free or offset + length > end:
+            raise CorruptError("the footer describes buffers that cannot be")
+        free = offset + length
+        payloads.append(Payload(offset, length, read_only == 1, header, checksum))
+    return Layout(size, stream, tuple(payloads), digest, bytes(view[table_end : table_end + n_note]))
+
+
+def take_apart(
+    data: memoryview | mmap | bytes, *, verify: bool = False, digest: int | None = None, payloads: bool = True
+) -> Parts | None:
+    """A file's stream and payloads, None for data without a footer, of which nothing can be said.
+
+    Where ``data`` is writable the payloads are views on it, writable if they were when they were written; otherwise those
+    that were writable are copied. The footer, the stream and payloads up to ``CHECKED`` bytes are verified; larger
+    payloads are not read at all.
+
+    Args:
+        data: a whole file; best a mapping with ``ACCESS_COPY``, so that changes stay private.
+        verify: check all payloads.
+        digest: what the layout's ``digest`` must be.
+        payloads: False checks none of them: they may have been changed in the mapping.
+
+    Raises:
+        CorruptError: what is there is not what was written.
+    """
+    view = bytes_of(data)
+    layout = read_footer(view)
+    if layout is None:
+        if digest is not None:
+            raise CorruptError("the footer is missing")
+        return None
+    if digest is not None and layout.digest != digest:
+        raise CorruptError("this is the file of another value, or an older one")
+    end = layout.size - len(layout.payloads) * _ENTRY.size - len(layout.note) - _TRAILER.size
+    stream: list[memoryview] = []
+    buffers: list[memoryview | bytearray] = []
+    start = 0
+    for offset, length, read_only, _, checksum in layout.payloads:
+        stream.append(view[start:offset])
+        payload = view[offset : offset + length]
+        if payloads and (verify or length <= CHECKED) and xxh3_64_intdigest(payload) != checksum:
+            raise CorruptError(f"the buffer of {length} bytes at {offset} fails its checksum")
+        start = offset + length
+        buffers.append(payload.toreadonly() if read_only else bytearray(payload) if view.readonly else payload)
+    stream.append(view[start:end])
+    hasher = xxh3_64()
+    for piece in stream:
+        hasher.update(piece)
+    if hasher.intdigest() != layout.stream:
+        raise CorruptError("the stream fails its checksum")
+    return Parts(stream, buffers, layout)
+
+
+def bytes_of(data: memoryview | mmap | bytes) -> memoryview:
+    """A flat view on the bytes."""
+    view = memoryview(data)
+    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
