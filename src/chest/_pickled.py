@@ -93,10 +93,11 @@ class _Sink:
         buffers: the payloads, each with whether it is read-only.
     """
 
-    __slots__ = ("_held", "_offset", "_payloads", "_stream", "_write", "buffers")
+    __slots__ = ("_held", "_next_buffer", "_offset", "_payloads", "_stream", "_write", "buffers")
 
     def __init__(self, file: _Writable | None) -> None:
         self._write = None if file is None else file.write
+        self._next_buffer = getattr(file, "next_buffer", None)  # of those who want to know which buffer comes next, and may not want it
         self._offset = 0
         self._held: Any = b""  # what the pickler wrote last: the header of the payload that comes next may be its end
         self._stream = xxh3_64()
@@ -105,14 +106,14 @@ class _Sink:
 
     def write(self, data: Any) -> None:
         if type(data) is PickleBuffer:
-            self._write_payload(data.raw())
+            self._write_payload(data.raw(), data)
             return
         self._flush()
         if not self._offset and not self._held and data[:2] == _PROTO:
             data = _PROTO + _MARK + data[2:]
         self._held = data
 
-    def _write_payload(self, raw: memoryview) -> None:
+    def _write_payload(self, raw: memoryview, buffer: PickleBuffer) -> None:
         header = _header(raw.nbytes, raw.readonly)
         held = self._held
         if type(held) is not bytes or not held.endswith(header):  # a pickler that works otherwise: left in the stream
@@ -131,7 +132,8 @@ class _Sink:
         checksum = 0
         if self._write is not None:
             payload = xxh3_64()
-            self._put_all(raw, payload, copy=raw.nbytes <= CHECKED)
+            if self._next_buffer is None or not self._next_buffer(raw, memoryview(buffer).itemsize):
+                self._put_all(raw, payload, copy=raw.nbytes <= CHECKED or self._next_buffer is not None)
             checksum = payload.intdigest()
         self._payloads.append(Payload(self._offset, raw.nbytes, raw.readonly, len(header), checksum))
         self._offset += raw.nbytes

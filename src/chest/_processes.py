@@ -72,6 +72,9 @@ class Portable(Sharing[K, V]):
             loose=given["loose"],
             verify=given["verify"] == "always",
             network=given["network"],
+            key=given["key"],
+            encrypt=given["encrypt"],
+            compression=given["compression"],
         )
 
     def _begun(self) -> None:

@@ -325,7 +325,7 @@ class LmdbIndex(Index):
         for name, data in txn.cursor(self._env.index).getmulti(names):
             if digest(name + data[:-8]) == data[-8:]:
                 version, seqs[name], kind = unpack(data)
-                if kind:
+                if kind & 3:
                     noted[name] = Record(version, seqs[name], kind, data[_HEAD_SIZE:-8])
             else:
                 lost.add(name)
