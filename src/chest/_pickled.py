@@ -97,7 +97,9 @@ class _Sink:
 
     def __init__(self, file: _Writable | None) -> None:
         self._write = None if file is None else file.write
-        self._next_buffer = getattr(file, "next_buffer", None)  # of those who want to know which buffer comes next, and may not want it
+        self._next_buffer = getattr(
+            file, "next_buffer", None
+        )  # of those who want to know which buffer comes next, and may not want it
         self._offset = 0
         self._held: Any = b""  # what the pickler wrote last: the header of the payload that comes next may be its end
         self._stream = xxh3_64()
