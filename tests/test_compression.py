@@ -105,7 +105,11 @@ def test_levels_and_names_of_methods_are_taken_and_nonsense_is_not(tmp_path: Pat
 
 def test_values_written_with_different_settings_lie_side_by_side(tmp_path: Path, method: str) -> None:
     for n, compression in enumerate([None, method, "gzip", None]):
-        make(tmp_path / "c", {f"{n}": NUMBERS + n, f"small {n}": [f"{m} times and {n}" for m in range(100)]}, compression=compression)
+        make(
+            tmp_path / "c",
+            {f"{n}": NUMBERS + n, f"small {n}": [f"{m} times and {n}" for m in range(100)]},
+            compression=compression,
+        )
     with Chest[Any, Any](path=tmp_path / "c") as chest:
         for n in range(4):
             assert same(chest[f"{n}"], NUMBERS + n)

@@ -11,7 +11,7 @@ from . import _compression, _fs
 from ._envelope import Envelope
 from ._records import BLOB, Ref
 from ._sealed import SealedIndex
-from ._sealing import Seal, check_arguments
+from ._sealing import Seal, check_arguments, checked
 from ._store import Store
 from .abc import Index
 from .engines._files import FileBlobs
@@ -52,7 +52,8 @@ def open_folder(
         CorruptError: its index is damaged.
         WrongKeyError: it was made with another key, with none, or needs one.
     """
-    secret, cipher = check_arguments(key, encrypt)
+    ask, cipher = check_arguments(key, encrypt)
+    secret = None if ask is None else checked(ask())
     method = _compression.parse(compression)
     _make_folder(path)
     if not network:
@@ -137,7 +138,7 @@ def _settings(path: str, codec: Codec) -> dict[bytes, bytes]:
     }
 
 
-def _begin(index: Index, path: str, codec: Codec | None, secret: Callable[[], bytes] | None, cipher: str | None) -> None:
+def _begin(index: Index, path: str, codec: Codec | None, secret: bytes | None, cipher: str | None) -> None:
     """A new chest has its settings, all in one commit, and of several openers the first one's."""
     codec = codec or resolve("pickle", None, None, "b")
     assert codec is not None
@@ -149,7 +150,7 @@ def _begin(index: Index, path: str, codec: Codec | None, secret: Callable[[], by
             alone.commit(meta=settings)
 
 
-def _unlocked(index: Index, path: str, secret: Callable[[], bytes] | None, cipher: str | None) -> Seal | None:
+def _unlocked(index: Index, path: str, secret: bytes | None, cipher: str | None) -> Seal | None:
     """The seal of a chest, None if it has none. Nothing that stands in the index is believed before."""
     settings = {name: index.meta(name) for name in _SEALED}
     setting = index.meta(_SEAL)

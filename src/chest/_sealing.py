@@ -25,7 +25,7 @@ from typing import Any
 
 from .errors import ChestError, CorruptError, MissingExtraError, TamperedError, WrongKeyError
 
-__all__ = ["CIPHERS", "FILE", "KEY", "NOTE", "RECORD", "Seal", "Secret", "check_arguments"]
+__all__ = ["CIPHERS", "FILE", "KEY", "NOTE", "RECORD", "Seal", "Secret", "check_arguments", "checked"]
 
 CIPHERS = ("aes-gcm", "chacha20-poly1305")
 RECORD, KEY, NOTE, FILE = b"r", b"k", b"n", b"f"  # what messages are for
@@ -79,7 +79,7 @@ def check_arguments(key: Any, encrypt: Any) -> tuple[Callable[[], bytes] | None,
             raise ValueError("encrypt needs a key: give key=, 32 random bytes or a function that returns them")
         return None, None
     if isinstance(key, (bytes, bytearray)):
-        key = Secret(_checked(key))
+        key = Secret(checked(key))
     elif not callable(key):
         raise TypeError(f"key must be bytes, or a function that returns them, not {type(key).__name__}")
     if encrypt:
@@ -87,7 +87,8 @@ def check_arguments(key: Any, encrypt: Any) -> tuple[Callable[[], bytes] | None,
     return key, None if encrypt is False else "" if encrypt is True else encrypt
 
 
-def _checked(key: Any) -> bytes:
+def checked(key: Any) -> bytes:
+    """What a user's function gave as the key, if it can be one. Raises TypeError, ValueError."""
     if not isinstance(key, (bytes, bytearray)):
         raise TypeError(f"the function given as key= must return bytes, not {type(key).__name__}")
     if len(key) < MIN_KEY:
@@ -138,12 +139,12 @@ class Seal:
     # --- the chest
 
     @classmethod
-    def make(cls, key: Callable[[], bytes], cipher: str | None) -> Seal:
+    def make(cls, key: bytes, cipher: str | None) -> Seal:
         """A seal for a new chest."""
-        return cls(_checked(key()), os.urandom(_SALT), "" if cipher is None else cipher or CIPHERS[0])
+        return cls(key, os.urandom(_SALT), "" if cipher is None else cipher or CIPHERS[0])
 
     @classmethod
-    def unlock(cls, setting: bytes, settings: dict[bytes, bytes | None], key: Callable[[], bytes] | None, path: str) -> Seal:
+    def unlock(cls, setting: bytes, settings: dict[bytes, bytes | None], key: bytes | None, path: str) -> Seal:
         """The seal of a chest that remembers ``setting``.
 
         Raises:
@@ -161,7 +162,7 @@ class Seal:
                 "back from a backup.",
                 path=path,
             )
-        seal = cls(_checked(key()), setting[1 : 1 + _SALT], cipher)
+        seal = cls(key, setting[1 : 1 + _SALT], cipher)
         if not hmac.compare_digest(seal.setting[1 + _SALT : start], setting[1 + _SALT : start]):
             raise WrongKeyError(f"this is not the key that the chest at {path} was made with: give that one.", path=path)
         if not hmac.compare_digest(seal.signed_setting(settings), setting):
