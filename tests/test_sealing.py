@@ -102,6 +102,23 @@ def make(path: Path, content: dict[Any, Any] = CONTENT, **given: Any) -> None:
             chest[key] = value
 
 
+@pytest.fixture(name="made", scope="module")
+def _made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Copies of a chest with the content above, which is written once for each way to seal it."""
+    folder, made = tmp_path_factory.mktemp("made"), {}
+
+    def copy_to(path: Path, **given: Any) -> Path:
+        name = repr(sorted(given.items()))
+        if name not in made:
+            made[name] = folder / str(len(made))
+            make(made[name], **given)
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(made[name], path)
+        return path
+
+    return copy_to
+
+
 def all_bytes(path: Path) -> bytes:
     found = [file.relative_to(path).as_posix().encode() for file in path.rglob("*")]
     return b"\n".join(found + [file.read_bytes() for file in path.rglob("*") if file.is_file() and file.name != "lock.mdb"])
@@ -185,13 +202,16 @@ FORGED_RECORDS = [swap_records, flip_record, change_kind, truncate_record, empty
 
 
 @pytest.mark.parametrize("forge", FORGED_RECORDS, ids=lambda forge: forge.__name__)
-@pytest.mark.parametrize(("first", "second"), [("a", "b"), ("large", "larger"), ("a", "large")])
 def test_a_forged_record_is_noticed(
-    tmp_path: Path, mode: dict[str, Any], memory: Any, forge: Callable[..., None], first: str, second: str
+    tmp_path: Path, made: Callable[..., Path], mode: dict[str, Any], memory: Any, forge: Callable[..., None]
 ) -> None:
-    path = tmp_path / "c"
-    make(path, **mode)
-    forge(path, place_of(path, mode, first)[0], place_of(path, mode, second)[0])
+    for first, second in (("a", "b"), ("large", "larger"), ("a", "large")):
+        path = made(tmp_path / "c", **mode)
+        forge(path, place_of(path, mode, first)[0], place_of(path, mode, second)[0])
+        _check_damaged(path, mode, memory, first, second)
+
+
+def _check_damaged(path: Path, mode: dict[str, Any], memory: Any, first: str, second: str) -> None:
     with Chest[Any, Any](path=path, available_memory=memory, **mode) as chest:
         with pytest.raises(TamperedError, match=f"'{first}'.*is damaged.*key") as caught:
             chest[first]
@@ -247,13 +267,12 @@ def put_something_else(file: Path, other: Path) -> None:
 FORGED_FILES = [flip_file, truncate_file, cut_off_a_chunk, swap_files, put_something_else]
 
 
-@pytest.mark.parametrize("compression", [None, "gzip"])
+@pytest.mark.parametrize(("compression", "memory"), [(None, 0), ("gzip", None)])
 @pytest.mark.parametrize("forge", FORGED_FILES, ids=lambda forge: forge.__name__)
 def test_a_forged_file_is_noticed(
-    tmp_path: Path, mode: dict[str, Any], memory: Any, forge: Callable[..., None], compression: Any
+    tmp_path: Path, made: Callable[..., Path], mode: dict[str, Any], memory: Any, forge: Callable[..., None], compression: Any
 ) -> None:
-    path = tmp_path / "c"
-    make(path, compression=compression, **mode)
+    path = made(tmp_path / "c", compression=compression, **mode)
     file = place_of(path, mode, "large")[1]
     forge(file, place_of(path, mode, "larger")[1])
     with Chest[Any, Any](path=path, available_memory=memory, **mode) as chest:
@@ -273,7 +292,7 @@ def test_each_bit_of_a_file_counts(tmp_path: Path, mode: dict[str, Any]) -> None
     data = file.read_bytes()
     assert len(data) == len(other.read_bytes())
     with Chest[Any, Any](path=path, available_memory=0, **mode) as chest:
-        for at in [*range(64), *range(1000, len(data), 9_001), *range(len(data) - 64, len(data))]:
+        for at in [*range(64), *range(1000, len(data), 20_001), *range(len(data) - 64, len(data))]:
             changed = bytearray(data)
             changed[at] ^= 1 << at % 8
             file.write_bytes(resum(bytes(changed)) if at < len(data) - 40 else bytes(changed))
@@ -286,12 +305,14 @@ def test_each_bit_of_a_file_counts(tmp_path: Path, mode: dict[str, Any]) -> None
         assert same(chest["x"], np.arange(10_000))
 
 
-def test_what_another_key_has_signed_is_noticed(tmp_path: Path, mode: dict[str, Any], memory: Any) -> None:
+def test_what_another_key_has_signed_is_noticed(
+    tmp_path: Path, made: Callable[..., Path], mode: dict[str, Any], memory: Any
+) -> None:
     """Somebody makes the same chest with a key of his own, and puts his records and files in the place of mine."""
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
     other = {**mode, "key": OTHER}
-    make(mine, **mode)
-    make(theirs, {key: CONTENT[key] for key in ("a", "large")}, **other)
+    made(mine, **mode)
+    made(theirs, **other)
     for key in ("a", "large"):
         (my_name, my_file), (their_name, their_file) = place_of(mine, mode, key), place_of(theirs, other, key)
         put(mine, "index", {my_name: pairs(theirs, "index")[their_name]})
@@ -317,9 +338,10 @@ def test_an_older_file_in_the_place_of_a_newer_one_is_noticed(tmp_path: Path, mo
 # --- keys and their order
 
 
-def test_forged_keys_are_noticed_before_they_are_unpickled(tmp_path: Path, mode: dict[str, Any]) -> None:
-    path = tmp_path / "c"
-    make(path, **mode)
+def test_forged_keys_are_noticed_before_they_are_unpickled(
+    tmp_path: Path, made: Callable[..., Path], mode: dict[str, Any]
+) -> None:
+    path = made(tmp_path / "c", **mode)
     order = pairs(path, "order")
     flag = tmp_path / "unpickled"
 
@@ -328,7 +350,7 @@ def test_forged_keys_are_noticed_before_they_are_unpickled(tmp_path: Path, mode:
             return os.mkdir, (str(flag),)
 
     evil = pickle.dumps(Evil())
-    for at, data in order.items():
+    for at, data in list(order.items())[:: len(order) - 1]:
         n = 2 + data[0] + (data[1] << 8)
         for typed in (b"", evil, data[n:-1], evil + data[n:][-16:], data[n:] + b"\0"):
             put(path, "order", {at: data[:n] + typed})
@@ -377,9 +399,8 @@ def test_nothing_is_unpickled_that_the_key_has_not_signed(tmp_path: Path, mode: 
     assert not flag.exists()
 
 
-def test_forged_notes_are_not_followed(tmp_path: Path, mode: dict[str, Any]) -> None:
-    path = tmp_path / "c"
-    make(path, **mode)
+def test_forged_notes_are_not_followed(tmp_path: Path, made: Callable[..., Path], mode: dict[str, Any]) -> None:
+    path = made(tmp_path / "c", **mode)
     victim = tmp_path / "c" / "somebodys"
     victim.write_bytes(b"a file")
     note = struct.pack("<HH", 2, 0) + b"sx" + b"somebodys"
@@ -426,9 +447,11 @@ def test_settings_are_authenticated(tmp_path: Path, mode: dict[str, Any]) -> Non
         assert chest["a"] == 1
 
 
-def test_a_wrong_key_a_missing_one_and_one_too_many_are_said_at_once(tmp_path: Path, mode: dict[str, Any]) -> None:
-    make(tmp_path / "sealed", **mode)
-    make(tmp_path / "open")
+def test_a_wrong_key_a_missing_one_and_one_too_many_are_said_at_once(
+    tmp_path: Path, made: Callable[..., Path], mode: dict[str, Any]
+) -> None:
+    made(tmp_path / "sealed", **mode)
+    made(tmp_path / "open")
     before = all_bytes(tmp_path / "sealed")
     with pytest.raises(WrongKeyError, match="not the key") as caught:
         Chest(path=tmp_path / "sealed", key=OTHER)
@@ -574,8 +597,7 @@ def test_a_forked_child_goes_on_with_it(tmp_path: Path, mode: dict[str, Any]) ->
 # --- a sealed chest is a chest
 
 
-@pytest.mark.parametrize("compression", [None, "gzip"])
-@pytest.mark.parametrize("loose", [100, 0, None])
+@pytest.mark.parametrize(("compression", "loose"), [(None, 100), ("gzip", 0), (None, None)])
 def test_everything_comes_back(tmp_path: Path, mode: dict[str, Any], memory: Any, compression: Any, loose: Any) -> None:
     path = tmp_path / "c"
     make(path, available_memory=memory, compression=compression, loose=loose, **mode)
@@ -600,8 +622,8 @@ def test_everything_comes_back(tmp_path: Path, mode: dict[str, Any], memory: Any
     assert not path.exists()
 
 
-def test_what_was_only_read_is_not_written_again(tmp_path: Path, mode: dict[str, Any]) -> None:
-    make(tmp_path / "c", **mode)
+def test_what_was_only_read_is_not_written_again(tmp_path: Path, made: Callable[..., Path], mode: dict[str, Any]) -> None:
+    made(tmp_path / "c", **mode)
     with Chest[Any, Any](path=tmp_path / "c", **mode) as chest:
         for key in CONTENT:
             chest[key]
@@ -643,7 +665,7 @@ def test_scratch_chests_have_a_key_too(mode: dict[str, Any]) -> None:
 
 
 def test_from_chests_with_other_keys_values_are_copied(tmp_path: Path, mode: dict[str, Any]) -> None:
-    content = {"a": [1], "large": CONTENT["large"]}
+    content = {"a": [1], "large": np.arange(10_000)}
     make(tmp_path / "open", content)
     make(tmp_path / "other", content, **{**mode, "key": OTHER})
     make(tmp_path / "mine", {"b": 1}, **mode)
@@ -804,7 +826,8 @@ def test_files_of_all_sizes_come_back(mode: dict[str, Any], size: int) -> None:
     stored, said = _written(seal, b"name", data)
     assert _read(seal, b"name", stored, said) == data
     assert seal.plain_size(len(stored)) == size
-    assert (data in stored) == (size < 2 or "encrypt" not in mode)
+    if size > 100:
+        assert (data in stored) == ("encrypt" not in mode)
 
 
 def test_chunks_that_are_missing_moved_doubled_or_of_another_file_are_noticed(mode: dict[str, Any]) -> None:
