@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import xxhash
@@ -197,19 +198,17 @@ class Reader:
             view = self.blobs.read(ref.blob, ref.label)
             if len(view) != ref.size and ref.digest:
                 raise CorruptError(f"the file {path} has {len(view)} bytes instead of {ref.size}", path=path)
-            private = record.kind > BLOB or (self._envelope is not None and self._envelope.seal is not None) or bool(ref.seal)
-            if private:
-                seal = self._envelope.seal if self._envelope is not None else None
-                view = open_file(seal, record.kind, name, view, ref.plain, ref.seal)
+            again = None
+            seal = None if self._envelope is None else self._envelope.seal
+            if record.kind > BLOB or seal is not None or ref.seal:
+                again = partial(open_file, seal, record.kind, name, view, ref.plain, ref.seal)
+                view = again()
             if self.codec.native and self._opener is None:
-                value, layout = _pickled.load(view, verify=self._verify or private, digest=ref.digest or None)
+                value, layout = _pickled.load(view, verify=self._verify or again is not None, digest=ref.digest or None)
                 if _changes.is_immutable(value):
                     return Loaded(value, record, None)
-                if layout is not None and private:
-                    # Compared by hashes, since no mapping can tell. To keep what it came from would take its memory twice.
-                    return Loaded(value, record, FileBaseline(layout._replace(stream=_pickled.probe(value)[0]), None))
                 if layout is not None:
-                    return Loaded(value, record, FileBaseline(layout, view))
+                    return Loaded(value, record, FileBaseline(layout, view if again is None else None, again))
                 return Loaded(value, record, self.codec.digest(value))
             if ref.digest and _hash(view) != ref.digest:
                 raise CorruptError(f"the content of {path} is not what was written", path=path)
@@ -290,10 +289,10 @@ class Reader:
         stored: memoryview | None = None
         if len(buffers) != len(layout.payloads):
             return True
-        if stream != layout.stream and (
-            baseline.view is None or _pickled.probe(_pickled.load(baseline.view, payloads=False)[0])[0] != stream
-        ):
-            return True
+        if stream != layout.stream:
+            source = baseline.view if baseline.again is None else baseline.again()
+            if source is None or _pickled.probe(_pickled.load(source, payloads=False)[0])[0] != stream:
+                return True
         start = 0 if baseline.view is None else _changes.address_of(baseline.view)
         for (buffer, _), payload in zip(buffers, layout.payloads, strict=True):
             if len(buffer) != payload.length:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from . import _pickled
@@ -78,11 +79,13 @@ _PLAIN = struct.Struct("<Q")
 class FileBaseline(NamedTuple):
     """What a value with large buffers looked like when it was last read or written.
 
-    ``view`` is the private mapping that its buffers lie in, None if they are in memory of their own.
+    ``view`` is the private mapping that its buffers lie in, None if they are in memory of their own. Such a value may have come
+    out of an envelope: ``again`` opens that once more.
     """
 
     layout: _pickled.Layout
     view: memoryview | None
+    again: Callable[[], memoryview] | None = None
 
 
 Baseline = bytes | int | FileBaseline | None
