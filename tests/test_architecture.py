@@ -22,14 +22,14 @@ ROOT = Path(__file__).parent.parent / "src" / "chest"
 # Names are relative to the package; `engines` stands for engines/__init__.py, and "" for the package's own.
 LAYERS = [
     ["errors"],
-    ["_forms", "_fs", "_lifetime", "_machine", "_reducers", "_size_plans", "_valuefile"],
-    ["_keys", "_pickled", "_scratch", "_sizing"],
+    ["_compression", "_forms", "_fs", "_lifetime", "_machine", "_reducers", "_sealing", "_size_plans", "_valuefile"],
+    ["_envelope", "_keys", "_pickled", "_scratch", "_sizing"],
     ["abc"],
     ["_changes", "_entry"],
     ["_memory"],
     ["_native"],  # compiled
     ["_hot"],
-    ["engines", "engines.*", "serializers", "serializers.*", "_records"],
+    ["engines", "engines.*", "serializers", "serializers.*", "_records", "_sealed"],
     ["_reading"],
     ["_store"],
     ["_opening", "_spilling"],

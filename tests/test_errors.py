@@ -36,7 +36,9 @@ from chest.errors import (
     PathError,
     SerializeError,
     SerializerMismatchError,
+    TamperedError,
     WriteError,
+    WrongKeyError,
 )
 
 SOURCES = str(Path(__file__).resolve().parents[1] / "src")
@@ -83,6 +85,8 @@ def test_errors_are_what_the_protocols_of_python_promise() -> None:
         NetworkPathError: PathError,
         MissingExtraError: ImportError,
         CorruptError: LoadError,
+        TamperedError: CorruptError,
+        WrongKeyError: ValueError,
     }
     for kind, base in promised.items():
         assert issubclass(kind, base)
@@ -241,6 +245,27 @@ def newer_format(path: Path) -> None:
     Chest(path=path)
 
 
+KEY = b"a key for tests, of 32 bytes...."
+
+
+def signed_file_changed(path: Path) -> None:
+    with Chest[str, Any](path=path, key=KEY) as chest:
+        chest["large"] = LARGE
+    _flip(70_000)(path / "large")
+    with Chest[str, Any](path=path, key=KEY) as chest:
+        chest["large"]
+
+
+def another_key(path: Path) -> None:
+    Chest(path=path, key=KEY).close()
+    Chest(path=path, key=KEY[::-1])
+
+
+def key_missing(path: Path) -> None:
+    Chest(path=path, key=KEY).close()
+    Chest(path=path)
+
+
 def _dump(value: Any, file: Any) -> None:
     pickle.dump(value, file)
 
@@ -269,6 +294,9 @@ PROVOKED: dict[Callable[[Path], None], tuple[type[ChestError], tuple[str, ...]]]
     other_serializer: (SerializerMismatchError, ("{path}", "json", "pickle")),
     serializer_of_ones_own_forgotten: (SerializerMismatchError, ("{path}", "_dump")),
     newer_format: (FormatError, ("{path}", "99")),
+    signed_file_changed: (TamperedError, ("'large'", "{path}")),
+    another_key: (WrongKeyError, ("{path}",)),
+    key_missing: (WrongKeyError, ("{path}", "key=")),
 }
 
 

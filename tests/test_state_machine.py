@@ -87,6 +87,7 @@ class ChestMachine(RuleBasedStateMachine):
     limit = 0
     serializer = "pickle"
     spills = 0
+    given: dict[str, Any] = {}  # noqa: RUF012 - settings of the chest, that subclasses replace
     written = Bundle("keys")
 
     @initialize()
@@ -99,7 +100,7 @@ class ChestMachine(RuleBasedStateMachine):
         self.open()
 
     def open(self) -> None:
-        self.c: Chest[Any, Any] = Chest(path=self.path, available_memory=self.limit, serializer=self.serializer)
+        self.c: Chest[Any, Any] = Chest(path=self.path, available_memory=self.limit, serializer=self.serializer, **self.given)
 
     def value(self) -> tuple[Any, Any]:
         self.n += 1
@@ -254,7 +255,7 @@ class ChestMachine(RuleBasedStateMachine):
     @rule(key=keys)
     def second_chest_reads_what_was_flushed(self, key: Any) -> None:
         self.c.sync()
-        with Chest(path=self.path) as other:
+        with Chest(path=self.path, **self.given) as other:
             assert len(other) == len(self.model)
             assert same(other.get(key), self.model.get(key))
 
@@ -276,7 +277,7 @@ class ChestMachine(RuleBasedStateMachine):
         if hasattr(self, "c"):
             self.held.clear()
             self.c.close()
-            with Chest(path=self.path) as c:
+            with Chest(path=self.path, **self.given) as c:
                 assert list(c) == list(self.model)
                 assert all(same(v, self.model[k]) for k, v in c.items())
             shutil.rmtree(self.folder)

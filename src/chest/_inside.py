@@ -62,6 +62,7 @@ class _StoreInside(Store):
             loose=None if store._files_only else 0,
             verify=store._verify,
             folds=store._folds,
+            envelope=store._envelope,
         )
         self.touched: set[Any] = set()
 

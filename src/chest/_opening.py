@@ -7,19 +7,25 @@ import stat
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from . import _fs
+from . import _compression, _fs
+from ._envelope import Envelope
 from ._records import BLOB, Ref
+from ._sealed import SealedIndex
+from ._sealing import Seal, check_arguments, checked
 from ._store import Store
 from .abc import Index
 from .engines._files import FileBlobs
 from .engines._legacy import LegacyIndex, finish_upgrade, read_pairs
 from .engines._lmdb import LmdbIndex
-from .errors import ChestError, FormatError, PathError, SerializerMismatchError
+from .errors import ChestError, FormatError, PathError, SerializerMismatchError, WrongKeyError
 from .serializers import NAMES, Codec, resolve
 
 __all__ = ["open_folder"]
 
 FORMAT = 1
+
+_SEAL = b"seal"
+_SEALED = (b"format", b"serializer", b"folds")  # the settings that the seal covers
 
 
 def open_folder(
@@ -33,6 +39,9 @@ def open_folder(
     verify: bool,
     network: bool,
     allow: Iterable[str] | None = None,
+    key: Any = None,
+    encrypt: Any = False,
+    compression: Any = None,
 ) -> Store:
     """The store in a folder, which is created if there is none.
 
@@ -42,7 +51,11 @@ def open_folder(
         SerializerMismatchError: it was written with another serializer.
         FormatError: it was written by a newer version.
         CorruptError: its index is damaged.
+        WrongKeyError: it was made with another key, with none, or needs one.
     """
+    ask, cipher = check_arguments(key, encrypt)
+    secret = None if ask is None else checked(ask())
+    method = _compression.parse(compression)
     _make_folder(path)
     if not network:
         _fs.refuse_network(path)
@@ -54,6 +67,8 @@ def open_folder(
 
     index: Index
     if os.path.isfile(keys):
+        if secret is not None:  # before anything is unpickled
+            raise WrongKeyError(f"{path} is a folder of chest 0.2, which has no key: open it without, and copy it.", path=path)
         given = codec is not None
         if codec is not None and codec.name == "safe":
             raise SerializerMismatchError(
@@ -72,6 +87,11 @@ def open_folder(
         index = create(keys)
     blobs = None
     try:
+        if index.meta(b"format") is None:
+            _begin(index, path, codec, secret, cipher)
+        seal = _unlocked(index, path, secret, cipher)
+        if seal is not None:
+            index = SealedIndex(index, seal)
         codec = _remembered(index, path, codec, allow)
         blobs = FileBlobs(path, sync=not scratch, opener=opener, mode="t" if codec.text and opener else "b")
         store = Store(
@@ -84,6 +104,7 @@ def open_folder(
             loose=loose,
             verify=verify,
             folds=index.meta(b"folds") == b"1",
+            envelope=None if method is None and seal is None else Envelope(method, seal),
         )
         if isinstance(index, LegacyIndex):
             store.before_writing = index.upgrade
@@ -127,15 +148,49 @@ def _settings(path: str, codec: Codec) -> dict[bytes, bytes]:
     }
 
 
+def _begin(index: Index, path: str, codec: Codec | None, secret: bytes | None, cipher: str | None) -> None:
+    """A new chest has its settings, all in one commit, and of several openers the first one's."""
+    codec = codec or resolve("pickle", None, None, "b")
+    assert codec is not None
+    settings = _settings(path, codec)
+    if secret is not None:
+        settings[_SEAL] = Seal.make(secret, cipher).signed_setting(dict(settings))
+    with index.transaction() as alone:
+        if alone.meta(b"format") is None:
+            alone.commit(meta=settings)
+
+
+def _unlocked(index: Index, path: str, secret: bytes | None, cipher: str | None) -> Seal | None:
+    """The seal of a chest, None if it has none. Nothing that stands in the index is believed before."""
+    settings = {name: index.meta(name) for name in _SEALED}
+    setting = index.meta(_SEAL)
+    if setting is None and secret is not None:
+        with index.transaction() as alone:  # an empty one can still be sealed
+            setting = alone.meta(_SEAL)
+            if setting is None and not len(alone) and not alone.notes():
+                setting = Seal.make(secret, cipher).signed_setting(settings)
+                alone.commit(meta={_SEAL: setting})
+    if setting is None:
+        if secret is not None:
+            raise WrongKeyError(
+                f"the chest at {path} was made without a key: open it without, and copy it into a new one that has a key "
+                "(new.update(old)). If it was made with a key, somebody has exchanged it.",
+                path=path,
+            )
+        return None
+    seal = Seal.unlock(setting, settings, secret, path)
+    if cipher is not None and (not seal.hides or cipher not in ("", seal.cipher)):
+        raise WrongKeyError(
+            f"the chest at {path} is {'encrypted by ' + seal.cipher if seal.hides else 'signed, and not encrypted'}: open it "
+            "as such, and copy it into a new one if it is to be otherwise.",
+            path=path,
+        )
+    return seal
+
+
 def _remembered(index: Index, path: str, codec: Codec | None, allow: Iterable[str] | None) -> Codec:
     """The serializer to use: the given one if it is the chest's own, else the one that the chest remembers."""
-    version = index.meta(b"format")
-    if version is None:  # new
-        if codec is None:
-            codec = resolve("pickle", None, None, "b", allow)
-        assert codec is not None
-        index.commit(meta=_settings(path, codec))
-        return codec
+    version = index.meta(b"format") or b""
     if not version.isdigit() or int(version) > FORMAT:
         raise FormatError(
             f"the chest at {path} has format {version.decode(errors='replace')}, this version reads up to {FORMAT}: "

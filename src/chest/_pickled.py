@@ -64,14 +64,14 @@ class _Sink(Sink):
 
     def write(self, data: Any) -> None:
         if type(data) is PickleBuffer:
-            self._write_payload(data.raw())
+            self._write_payload(data.raw(), data)
             return
         self.add(self._held)
         if not self._offset and not self._held and data[:2] == _PROTO:
             data = _PROTO + _MARK + data[2:]
         self._held = data
 
-    def _write_payload(self, raw: memoryview) -> None:
+    def _write_payload(self, raw: memoryview, buffer: PickleBuffer) -> None:
         header = _header(raw.nbytes, raw.readonly)
         held = self._held
         if type(held) is not bytes or not held.endswith(header):  # a pickler that works otherwise: left in the stream
@@ -85,7 +85,7 @@ class _Sink(Sink):
             held = b"%bC%c%b0%b" % (held[: -len(header)], gap - 3, bytes(gap - 3), header)
         self.add(held)
         self._held = b""
-        self.add_payload(raw, len(header))
+        self.add_payload(raw, len(header), memoryview(buffer).itemsize)
 
     def stream(self) -> int:
         self.add(self._held)

@@ -73,6 +73,9 @@ class Portable(Sharing[K, V]):
             verify=given["verify"] == "always",
             network=given["network"],
             allow=given["allow"],
+            key=given["key"],
+            encrypt=given["encrypt"],
+            compression=given["compression"],
         )
 
     def _begun(self) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import xxhash
 
 from . import _changes, _keys
-from ._records import BLOB, PACKED, Baseline, FileBaseline, Loaded, Ref
+from ._envelope import Envelope, open_body, open_file
+from ._records import BLOB, KIND, LOOSE, PACKED, Baseline, FileBaseline, Loaded, Ref
 from .abc import Index, Record
-from .errors import CorruptError, LoadError, short
+from .errors import CorruptError, LoadError, MissingExtraError, short
 from .serializers import Codec, ViewFile
 
 __all__ = ["Reader"]
@@ -36,6 +38,7 @@ class Reader:
         loose: int | None = 100,
         verify: bool = False,
         folds: bool = False,
+        envelope: Envelope | None = None,
     ) -> None:
         self.path = path
         self.index = index
@@ -45,10 +48,10 @@ class Reader:
         self._label = label
         self._opener = opener
         self._files_only = loose is None or opener is not None or label is not None
-        self._loose = loose or 0
-        self.bare = True  # what the codec makes of a small value is what lies in the index
+        self._loose = 0 if loose is None or (envelope is not None and envelope.hides) else loose
         self._verify = verify
         self._folds = folds
+        self._envelope = envelope
         self._opaque: dict[Any, bytes] | None = None
         self._opaque_names: set[bytes] = set()
         self._opaque_version = -1
@@ -57,8 +60,9 @@ class Reader:
 
     @property
     def plain(self) -> bool:
-        """Whether files are written by chest itself, not by an ``open`` of the user's."""
-        return self._opener is None
+        """Whether another chest may take over records and files as they are: neither an ``open`` of the user's wrote them,
+        nor are they bound to a key."""
+        return self._opener is None and (self._envelope is None or self._envelope.seal is None)
 
     # --- keys
 
@@ -100,9 +104,12 @@ class Reader:
         return self._opaque
 
     def label(self, key: Hashable, name: bytes) -> str:
-        """The path below the folder that shows the key."""
+        """The path below the folder that shows the key, or in an encrypted chest does not."""
         if self._label is not None:
             return os.fspath(self._label(key)).replace(os.sep, "/")
+        if self._envelope is not None and self._envelope.hides:
+            assert self._envelope.seal is not None
+            return self._envelope.seal.label(name)
         return _keys.key_to_filename(key, name, folds=self._folds)
 
     def _free_label(self, key: Hashable, name: bytes) -> str:
@@ -113,7 +120,7 @@ class Reader:
                 old = self.index.get(name)
             except CorruptError:  # whose file this is cannot be told any more
                 old = None
-            if old is None or old.kind == PACKED or (old.kind == BLOB and Ref.unpack(old.body).label != label):
+            if old is None or old.kind & KIND == PACKED or (old.kind & KIND == BLOB and Ref.unpack(old.body).label != label):
                 return f"{label}~{_hash(name + os.urandom(8)):016x}"
         return label
 
@@ -144,25 +151,25 @@ class Reader:
             record = self.index.get(name)
             if record is None:
                 return None
-            return self._decode_packed(key, record) if record[2] != BLOB else self._decode(key, name, record)
+            return self._decode_packed(key, record) if record[2] < BLOB else self._decode(key, name, record)
         except LoadError as error:
             raise self._about(key, error) from error.__cause__
 
     def decode_for(self, key: Hashable, name: bytes, record: Record) -> Loaded | None:
         """As ``load``, for a record that was read in a batch."""
         try:
-            return self._decode_packed(key, record) if record[2] != BLOB else self._decode(key, name, record)
+            return self._decode_packed(key, record) if record[2] < BLOB else self._decode(key, name, record)
         except LoadError as error:
             raise self._about(key, error) from error.__cause__
 
     def _decode(self, key: Hashable, name: bytes, record: Record) -> Loaded | None:
         """The value behind a record; None if it was deleted meanwhile."""
-        if record.kind != BLOB:
+        if record.kind & KIND != BLOB:
             return self._decode_packed(key, record)
         while True:
             ref = Ref.unpack(record.body)
             try:
-                return self._read_blob(key, ref, record)
+                return self._read_blob(key, name, ref, record)
             except (FileNotFoundError, CorruptError) as error:
                 # It may have been replaced since the record was read; only if it was not is this damage.
                 newer = self.index.get(name)
@@ -174,11 +181,13 @@ class Reader:
                     path = self.blobs.path(ref.blob, ref.label)
                     raise CorruptError(f"its file {path} is gone", path=path) from error
                 record = newer
-                if record.kind != BLOB:
+                if record.kind & KIND != BLOB:
                     return self._decode(key, name, record)
 
     def _decode_packed(self, key: Hashable, record: Record) -> Loaded:
         body = record[3]
+        if record[2] > LOOSE:
+            body = open_body(record[2], body)
         try:
             value = self.codec.loads(body)
         except LoadError:
@@ -187,25 +196,30 @@ class Reader:
             raise self._unloadable(key, error) from error
         return _loaded(Loaded, (value, record, None if type(value) in ATOMS or _changes.is_immutable(value) else body))
 
-    def _read_blob(self, key: Hashable, ref: Ref, record: Record) -> Loaded:
+    def _read_blob(self, key: Hashable, name: bytes, ref: Ref, record: Record) -> Loaded:
         path = self.blobs.path(ref.blob, ref.label)
         try:
             view = self.blobs.read(ref.blob, ref.label)
             if len(view) != ref.size and ref.digest:
                 raise CorruptError(f"the file {path} has {len(view)} bytes instead of {ref.size}", path=path)
+            again = None
+            seal = None if self._envelope is None else self._envelope.seal
+            if record.kind > BLOB or seal is not None or ref.seal:
+                again = partial(open_file, seal, record.kind, name, view, ref.plain, ref.seal)
+                view = again()
             if self._files is not None:
-                value, layout = self._files.load(view, verify=self._verify, digest=ref.digest or None)
+                value, layout = self._files.load(view, verify=self._verify or again is not None, digest=ref.digest or None)
                 if _changes.is_immutable(value):
                     return Loaded(value, record, None)
                 if layout is not None:
-                    return Loaded(value, record, FileBaseline(layout, view))
+                    return Loaded(value, record, FileBaseline(layout, view if again is None else None, again))
                 return Loaded(value, record, self.codec.digest(value))
             if ref.digest and _hash(view) != ref.digest:
                 raise CorruptError(f"the content of {path} is not what was written", path=path)
         except LoadError as error:
             error.path = error.path or path
             raise
-        except FileNotFoundError:
+        except (FileNotFoundError, MissingExtraError):
             raise
         except OSError as error:
             raise LoadError(
@@ -245,7 +259,7 @@ class Reader:
         what = error.message.rstrip(".")
         if isinstance(error, CorruptError):
             advice = "Put it back from a backup, or make do without: delete the key, or set it again."
-            return CorruptError(f"the value of {short(key)}{where} is damaged: {what}. {advice}", key=key, path=error.path)
+            return type(error)(f"the value of {short(key)}{where} is damaged: {what}. {advice}", key=key, path=error.path)
         return type(error)(f"the value of {short(key)}{where} cannot be loaded: {what}.", key=key, path=error.path)
 
     # --- has it changed?
@@ -284,10 +298,10 @@ class Reader:
         stored: memoryview | None = None
         if len(buffers) != len(layout.payloads):
             return True
-        if stream != layout.stream and (
-            baseline.view is None or files.probe(files.load(baseline.view, payloads=False)[0])[0] != stream
-        ):
-            return True
+        if stream != layout.stream:
+            source = baseline.view if baseline.again is None else baseline.again()
+            if source is None or files.probe(files.load(source, payloads=False)[0])[0] != stream:
+                return True
         start = 0 if baseline.view is None else _changes.address_of(baseline.view)
         for (buffer, _), payload in zip(buffers, layout.payloads, strict=True):
             if len(buffer) != payload.length:

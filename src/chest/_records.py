@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from ._valuefile import Layout
@@ -12,6 +13,7 @@ from .errors import ChestError, CorruptError
 __all__ = [
     "BLOB",
     "COMMIT_BYTES",
+    "KIND",
     "LOOSE",
     "PACKED",
     "SMALL",
@@ -27,7 +29,8 @@ __all__ = [
     "unpack_note",
 ]  # fmt: skip
 
-PACKED, LOOSE, BLOB = 0, 1, 2
+PACKED, LOOSE, BLOB = 0, 1, 2  # the lowest two bits of a record's kind; the others are how its value was compressed
+KIND = 3
 SMALL = 65_536  # bytes; serialized below this, a value lives in the index
 COMMIT_BYTES = 4 << 20  # serialized small values of one commit: bounds the memory that a write needs beside the values
 
@@ -36,17 +39,21 @@ class Ref(NamedTuple):
     """What a BLOB record says of its value file.
 
     ``digest`` identifies the content: of the footer for value files, of all bytes for others, 0 where it is not known (files
-    of chest 0.2). ``label`` is the path below the chest's folder that shows the key.
+    of chest 0.2). ``label`` is the path below the chest's folder that shows the key. ``plain`` is the size of what was
+    compressed, 0 where nothing was, and ``seal`` what the chest's key says of a file.
     """
 
     size: int
     digest: int
     blob: str
     label: str
+    plain: int = 0
+    seal: bytes = b""
 
     def pack(self) -> bytes:
         blob = self.blob.encode()
-        return _REF.pack(self.size, self.digest, len(blob)) + blob + self.label.encode("utf-8", "surrogatepass")
+        body = _REF.pack(self.size, self.digest, len(blob)) + blob + self.label.encode("utf-8", "surrogatepass")
+        return body + b"\0" + _PLAIN.pack(self.plain) + self.seal if self.plain or self.seal else body
 
     @classmethod
     def unpack(cls, body: bytes) -> Ref:
@@ -55,23 +62,30 @@ class Ref(NamedTuple):
             start = _REF.size + length
             if start > len(body):
                 raise CorruptError("a record of the index is cut short")
-            label = body[start:].decode("utf-8", "surrogatepass")
-            return cls(size, digest, body[_REF.size : start].decode(), label)
+            label, zero, more = body[start:].partition(b"\0")
+            plain = _PLAIN.unpack_from(more)[0] if zero else 0
+            seal = more[_PLAIN.size :]
+            if zero and not plain and not seal:
+                raise CorruptError("a record of the index ends in nothing")
+            return cls(size, digest, body[_REF.size : start].decode(), label.decode("utf-8", "surrogatepass"), plain, seal)
         except (struct.error, UnicodeDecodeError) as error:
             raise CorruptError("a record of the index is no reference to a value file") from error
 
 
 _REF = struct.Struct("<QQB")
+_PLAIN = struct.Struct("<Q")
 
 
 class FileBaseline(NamedTuple):
     """What a value with large buffers looked like when it was last read or written.
 
-    ``view`` is the private mapping that its buffers lie in, None if they are in memory of their own.
+    ``view`` is the private mapping that its buffers lie in, None if they are in memory of their own. Such a value may have come
+    out of an envelope: ``again`` opens that once more.
     """
 
     layout: Layout
     view: memoryview | None
+    again: Callable[[], memoryview] | None = None
 
 
 Baseline = bytes | int | FileBaseline | None

@@ -6,7 +6,7 @@ any more are unlinked. What is left to do after the commit stands in the commit 
 after each write and when a chest is opened. The other order (rename first) could leave a key that points at nothing.
 
 A record is one of three kinds: PACKED (the serialized value lies in the index), LOOSE (the same, and a readable copy lies
-under the key's file name) and BLOB (the body is a ``Ref`` to a value file).
+under the key's file name) and BLOB (the body is a ``Ref`` to a value file). Each may be in an envelope (see ``_envelope``).
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import xxhash
 
 from . import _fs, errors
 from ._changes import is_immutable
+from ._envelope import open_body
 from ._hot import pack_rows, read_key
 from ._reading import Reader
 from ._records import (
     BLOB,
     COMMIT_BYTES,
+    KIND,
     LOOSE,
     PACKED,
     SMALL,
@@ -153,6 +155,7 @@ class Store(Reader):
         """Put values into a batch until it is full; False if they are all in it."""
         dumps, dumps_atom, encode, fixed = self.codec.dumps, self.codec.dumps_atom, self.codec.encode, is_immutable
         size, small = 0, 0 if self._files_only else 2 * SMALL
+        wraps = self._envelope is not None and self._envelope.compression is not None  # which is done one by one
         most = COMMIT_ITEMS if self.index.nbytes() > LARGE_INDEX else sys.maxsize
         part, n_failed = islice(items, most), len(failed)
         while True:
@@ -162,7 +165,7 @@ class Store(Reader):
                 dumps_atom,
                 fixed,
                 _hash,
-                small,
+                0 if wraps else small,
                 SMALL,
                 COMMIT_BYTES - size,
                 batch.items,
@@ -177,8 +180,11 @@ class Store(Reader):
                 name, typed = encode(key) or (self.name(key, create=True) or b"", self.codec.typed(key))
                 row: Row
                 if item.size < small and len(body := dumps(value)) < SMALL:
-                    row = name, item.seq, PACKED, body, typed, item.fresh
                     baseline: Baseline = None if fixed(value) else _hash(body)
+                    kind = PACKED
+                    if self._envelope is not None:
+                        kind, body = self._envelope.wrap(kind, body)
+                    row = name, item.seq, kind, body, typed, item.fresh
                 else:
                     row, baseline = self._serialize_blob(item, name, typed, batch)
                     body = row[3]
@@ -213,6 +219,7 @@ class Store(Reader):
 
     def _serialize_blob(self, item: Unwritten, name: bytes, typed: bytes, batch: _Batch) -> tuple[Row, Baseline]:
         layout: list[Layout] = []
+        baseline: Baseline
         value = item.value
         fixed = is_immutable(value)
         files = self._files
@@ -226,24 +233,30 @@ class Store(Reader):
             else:
                 self.codec.dump(value, file)
 
-        blob, size = self.blobs.write(dump)
+        wrapping = None if self._envelope is None else self._envelope.wrapping(name, dump, stops=self._files is not None)
+        blob, size = self.blobs.write(wrapping or dump)
         try:
-            if not self._files_only and size < SMALL:  # smaller than it looked
+            if not self._files_only and (size if wrapping is None else wrapping.plain) < SMALL:  # smaller than it looked
                 body = self.codec.dumps(value)
                 self.blobs.remove([blob])
-                return Put(name, item.seq, PACKED, body, typed, item.fresh), None if fixed else _hash(body)
-            baseline: Baseline
+                baseline = None if fixed else _hash(body)
+                kind, body = (PACKED, body) if self._envelope is None else self._envelope.wrap(PACKED, body)
+                return Put(name, item.seq, kind, body, typed, item.fresh), baseline
             if layout:
-                digest, baseline = layout[0].digest, FileBaseline(layout[0], None)
+                digest, baseline = layout[-1].digest, FileBaseline(layout[-1], None)
             else:
-                digest, baseline = _hash(self.blobs.read(blob, "")), None if fixed else self.codec.digest(value)
+                digest = _hash(self.blobs.read(blob, "")) if wrapping is None else wrapping.digest
+                baseline = None if fixed else self.codec.digest(value)
             label = self._free_label(item.key, name)
         except BaseException:
             self.blobs.remove([blob])
             raise
-        ref = Ref(size, digest or 1, blob, label)
+        kind, ref = BLOB, Ref(size, digest or 1, blob, label)
+        if wrapping is not None:
+            ref = ref._replace(plain=wrapping.plain if wrapping.method else 0, seal=wrapping.seal)
+            kind |= wrapping.method << 2
         batch.files.append(blob)
-        return Put(name, item.seq, BLOB, ref.pack(), typed, item.fresh), None if fixed else baseline
+        return Put(name, item.seq, kind, ref.pack(), typed, item.fresh), None if fixed else baseline
 
     def _take_over(self, items: Iterator[Adopted], batch: _Batch, failed: dict[Any, ChestError]) -> bool:
         size = 0
@@ -251,9 +264,10 @@ class Store(Reader):
             key, seq, record, path = item
             try:
                 name, typed = self.codec.encode(key) or (self.name(key, create=True) or b"", self.codec.typed(key))
-                kind, body = PACKED, record.body
-                if record.kind == BLOB:
-                    kind, body = BLOB, self._link(key, name, Ref.unpack(body), path, batch)
+                method = record.kind & ~KIND
+                kind, body = PACKED | method, record.body
+                if record.kind & KIND == BLOB:
+                    kind, body = BLOB | method, self._link(key, name, Ref.unpack(body), path, batch)
             except (DiskFullError, FailedError):
                 raise
             except ChestError as error:
@@ -317,8 +331,8 @@ class Store(Reader):
             for name, label in copies:
                 record = index.get(name)
                 try:
-                    if record is not None and record.kind == LOOSE:
-                        self.blobs.write_copy(label, record.body)
+                    if record is not None and record.kind & KIND == LOOSE:
+                        self.blobs.write_copy(label, open_body(record.kind, record.body))
                 except FailedError:
                     raise
                 except OSError:
@@ -333,12 +347,12 @@ class Store(Reader):
             for number, (name, seq, kind, body, typed, fresh) in enumerate(puts):
                 if len(copies) >= room:
                     break
-                if kind == PACKED:
+                if kind & KIND == PACKED:
                     key = items[number].key
                     label = self.label(key, name)
                     if self._free_label(key, name) == label:
                         copies.append((name, label))
-                        puts[number] = name, seq, LOOSE, body, typed, fresh
+                        puts[number] = name, seq, kind | LOOSE, body, typed, fresh
         return copies
 
     def _notes(
@@ -351,9 +365,9 @@ class Store(Reader):
         old = {
             name: (ref.blob, ref.label) if ref else ("", self.label(keys[name], name))
             for name, record in replaced.items()
-            for ref in [Ref.unpack(record.body) if record.kind == BLOB else None]
+            for ref in [Ref.unpack(record.body) if record.kind & KIND == BLOB else None]
         }
-        new = {name: (kind, body) for name, _, kind, body, _, _ in puts if kind == BLOB or name in old}
+        new = {name: (kind & KIND, body) for name, _, kind, body, _, _ in puts if kind & KIND == BLOB or name in old}
         left = []
         for name, (blob, label) in old.items():
             kind, _ = new.get(name, (PACKED, b""))
@@ -375,7 +389,7 @@ class Store(Reader):
         # Runs while nobody else can commit: what the record says now is what the folder must look like.
         name, blob, old = unpack_note(note)
         record = get(name)
-        ref = Ref.unpack(record.body) if record is not None and record.kind == BLOB else None
+        ref = Ref.unpack(record.body) if record is not None and record.kind & KIND == BLOB else None
         if blob:
             if ref is not None and ref.blob == blob:
                 if not self.blobs.publish(blob, ref.label, replace=old == ref.label, sync=False):
@@ -393,15 +407,21 @@ class Store(Reader):
         record = self.index.get(name)
         if record is None:
             return None
-        if record.kind == BLOB:
-            ref = Ref.unpack(record.body)
-            return str(self.blobs.path(ref.blob, ref.label))
+        if record.kind & KIND == BLOB:
+            return self.path_of(record)
+        if self._envelope is not None and self._envelope.hides:
+            raise ChestError(
+                f"the value of {short(key)} lies in the index of an encrypted chest, which writes no readable copies: read it "
+                "with the chest.",
+                key=key,
+                path=self.path,
+            )
         label = self.label(key, name)
         path = os.path.join(self.path, *label.split("/"))
-        if record.kind == LOOSE:
+        if record.kind & KIND == LOOSE:
             try:
                 with open(path, "rb") as file:
-                    if file.read() == record.body:
+                    if file.read() == open_body(record.kind, record.body):
                         return path
             except OSError:
                 pass
@@ -416,7 +436,7 @@ class Store(Reader):
             with self.index.transaction() as index:
                 newest = index.get(name)
                 same = newest is not None and newest.version == record.version
-                commit = index.commit([Put(name, record.seq, LOOSE, record.body)]) if same else None
+                commit = index.commit([Put(name, record.seq, record.kind | LOOSE, record.body)]) if same else None
             if commit is None:
                 return self.file_of(key, name)
             self.commits.append((commit.before, commit.version))
@@ -425,7 +445,7 @@ class Store(Reader):
 
     def path_of(self, record: Record) -> str:
         """Where the value file of a record lies, "" if it has none."""
-        if record.kind != BLOB:
+        if record.kind & KIND != BLOB:
             return ""
         ref = Ref.unpack(record.body)
         return str(self.blobs.path(ref.blob, ref.label))
@@ -438,9 +458,9 @@ class Store(Reader):
             for item, record in zip(items, self.index.get_many([i.name for i in items])[1], strict=True):
                 if record is None:
                     continue
-                if record.kind == BLOB:
+                if record.kind & KIND == BLOB:
                     yield Ref.unpack(record.body).label
-                elif record.kind == LOOSE:
+                elif record.kind & KIND == LOOSE:
                     yield self.label(self.key(item), item.name)
 
     def key(self, item: OrderItem) -> Any:

@@ -74,10 +74,12 @@ class Sink:
         buffers: the payloads, each with whether it is read-only.
     """
 
-    __slots__ = ("_offset", "_payloads", "_stream", "_write", "buffers")
+    __slots__ = ("_next_buffer", "_offset", "_payloads", "_stream", "_write", "buffers")
 
     def __init__(self, file: Writable | None) -> None:
         self._write = None if file is None else file.write
+        # Of those who want to know which buffer comes next, and may not want it.
+        self._next_buffer = getattr(file, "next_buffer", None)
         self._offset = 0
         self._stream = xxh3_64()
         self._payloads: list[Payload] = []
@@ -96,13 +98,14 @@ class Sink:
         """How many bytes are missing to a multiple of 64, ``n`` bytes from here."""
         return -(self._offset + n) % ALIGN
 
-    def add_payload(self, raw: memoryview, header: int = 0) -> None:
-        """A buffer, right here: the stream must have been brought to a multiple of 64."""
+    def add_payload(self, raw: memoryview, header: int = 0, itemsize: int = 1) -> None:
+        """A buffer, right here, of numbers of this size: the stream must have been brought to a multiple of 64."""
         self.buffers.append((raw, raw.readonly))
         checksum = 0
         if self._write is not None:
             payload = xxh3_64()
-            self._put_all(raw, payload, copy=raw.nbytes <= CHECKED)
+            if self._next_buffer is None or not self._next_buffer(raw, itemsize):
+                self._put_all(raw, payload, copy=raw.nbytes <= CHECKED or self._next_buffer is not None)
             checksum = payload.intdigest()
         self._payloads.append(Payload(self._offset, raw.nbytes, raw.readonly, header, checksum))
         self._offset += raw.nbytes

@@ -19,7 +19,7 @@ __all__ = ["Blobs", "Commit", "Index", "OrderItem", "Put", "Record", "Row"]
 
 
 class Record(NamedTuple):
-    """What the index holds for one key. ``kind`` and ``body`` are opaque to the index."""
+    """What the index holds for one key. ``body`` is opaque to it, and ``kind`` but for its lowest two bits (see ``commit``)."""
 
     version: int  # number of the commit that wrote it
     seq: int  # place in insertion order
@@ -100,7 +100,7 @@ class Index(ABC):
         A put is a ``Put`` or a tuple with the same items.
 
         Deleting an absent name is no error. ``notes`` is called inside the commit with those records, by name, that are
-        overwritten or deleted and whose ``kind`` is not 0 (nothing outside of the index belongs to kind 0); what it returns
+        overwritten or deleted and whose ``kind & 3`` is not 0 (nothing outside of the index belongs to those); what it returns
         is part of the commit and kept until ``settle`` has dealt with it. It must be quick, and may be called again.
         """
 

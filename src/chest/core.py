@@ -15,9 +15,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple, TypeVar
 
-from . import _fs, _lifetime, _scratch
+from . import _compression, _fs, _lifetime, _scratch
 from ._keys import key_to_filename
 from ._processes import Portable, refuse_gone
+from ._sealing import check_arguments
 from ._sizing import nbytes, parse_memory
 from .errors import ChestError
 from .serializers import resolve
@@ -82,9 +83,16 @@ class Chest(Portable[K, V]):
         write_through: every set, every deletion and every change in place that is noticed is committed before the call returns
             (0.4 ms or so each). Others see it at once.
         network: accept a network file system, where the index is damaged sooner or later.
+        compression: ``"zstd"``, ``"lz4"``, ``"blosc2"`` (best for arrays of numbers), ``"gzip"``, or a pair of one and a level:
+            values are compressed where a sample says that it pays. They are then decompressed into memory, not mapped.
+        key: 32 random bytes, or a function that returns them (called once for each opening): all that is read is
+            authenticated first, and large values are read whole for that. The key is nowhere in the chest.
+        encrypt: True, ``"aes-gcm"`` or ``"chacha20-poly1305"``: nothing can be read without the key, names of keys neither.
 
     Raises:
         PathError, NetworkPathError, SerializerMismatchError, FormatError, CorruptError: the folder cannot be used.
+        WrongKeyError: the chest was made with another key, with none, or needs one.
+        MissingExtraError: ``compression`` or ``encrypt`` needs a package that is not installed.
         ValueError, TypeError: nonsense in an argument.
     """
 
@@ -108,6 +116,9 @@ class Chest(Portable[K, V]):
         write_through: bool = False,
         network: bool = False,
         allow: Iterable[str] | None = None,
+        key: bytes | Callable[[], bytes] | None = None,
+        encrypt: bool | str = False,
+        compression: str | tuple[str, int] | None = None,
     ) -> None:
         limit = parse_memory(available_memory)
         allow = allow if allow is None or isinstance(allow, str) else list(allow)
@@ -118,6 +129,14 @@ class Chest(Portable[K, V]):
             raise ValueError(f"loose is {loose!r}: give a number of keys, or None for a file for every value")
         if open is builtins.open:
             open = None
+        secret, _ = check_arguments(key, encrypt)
+        _compression.parse(compression)
+        if open is not None and (compression is not None or key is not None):
+            raise ValueError(
+                "a chest with open= has no compression or key: give open= up, compression= does what gzip.open did"
+            )
+        if key_to_filename is not None and encrypt:
+            raise ValueError("key_to_filename= would show the keys of an encrypted chest: leave it out")
         _lifetime.close_those_left()
         self._scratch = path is None or isinstance(path, _scratch.Shared)
         self.path = (
@@ -140,6 +159,9 @@ class Chest(Portable[K, V]):
             "write_through": write_through,
             "network": network,
             "allow": allow,
+            "key": secret,
+            "encrypt": encrypt,
+            "compression": compression,
         }
         try:
             store = self._open_store(codec)
@@ -149,7 +171,7 @@ class Chest(Portable[K, V]):
             raise
         super().__init__(store, limit)
         self._write_through = write_through
-        self._plain = on_miss is None and store.bare
+        self._plain = on_miss is None
         self._on_miss = on_miss
         self._on_overflow = on_overflow
         self.open: Callable[..., Any] = open or builtins.open

@@ -9,7 +9,9 @@
     ├── DiskFullError (OSError)        ENOSPC: nothing was lost, make room and go on
     ├── LoadError                      a whole value that its serializer cannot load (a missing class, for instance)
     │   ├── CorruptError               damage: what is on disk is not what was written
+    │   │   └── TamperedError          ... with the chest's key: damage, or somebody's doing
     │   └── NotAllowedError            its pickle needs what the allow-list does not name
+    ├── WrongKeyError (ValueError)     the chest was made with another key, with none, or needs one
     ├── SerializerMismatchError (ValueError)  the chest was written with another serializer
     ├── PathError (OSError)            the path cannot hold a chest
     │   └── NetworkPathError           ... because it lies on a network file system
@@ -42,7 +44,9 @@ __all__ = [
     "PathError",
     "SerializeError",
     "SerializerMismatchError",
+    "TamperedError",
     "WriteError",
+    "WrongKeyError",
     "short",
 ]
 
@@ -124,6 +128,14 @@ class CorruptError(LoadError):
 
 class NotAllowedError(LoadError):
     """A pickle asks for a class or function that ``Chest(allow=...)`` does not name. Nothing of it was run."""
+
+
+class TamperedError(CorruptError):
+    """What is on disk was not written with the chest's key, or not for this place: it is damaged, or somebody's doing."""
+
+
+class WrongKeyError(ChestError, ValueError):
+    """The chest was made with another key, or with none, or it was made with one and none was given."""
 
 
 class SerializerMismatchError(ChestError, ValueError):

@@ -40,10 +40,13 @@ if __name__ == "__main__":
         import chest  # noqa: F401
 
 from chest import _keys, _pickled, _valuefile
+from chest._compression import METHODS, Compression, private_memory
+from chest._envelope import Envelope, open_body, open_file
 from chest._records import Ref, pack_note, unpack_note
+from chest._sealing import RECORD, Seal
 from chest.abc import Put, Record
 from chest.engines._lmdb import LmdbIndex
-from chest.errors import CorruptError, LoadError
+from chest.errors import CorruptError, LoadError, TamperedError
 from chest.serializers._allowed import AllowedPickles
 
 Target = Callable[[bytes], None]
@@ -273,6 +276,7 @@ def _told(read: Callable[[], Any]) -> Any:
 REFERENCES = [
     Ref(70_000, 1 << 63, "1-2-3-a", "_pair/word").pack(),
     Ref(0, 0, "", "\udcff").pack(),
+    Ref(70_000, 5, "1-2-3-a", "word", 90_000, bytes(32)).pack(),
     pack_note(b"sword", "1-2-3-a", "word"),
     pack_note(b"h" + bytes(32), "", "_pair/word"),
 ]
@@ -421,6 +425,57 @@ def allowed(data: bytes) -> None:
         assert (module, qualname) in _ALLOWED._known or module == __name__, f"{module}.{qualname} was found"
 
 
+# --- envelopes
+
+
+PLAIN = bytes(range(256)) * 40 + b"a text, " * 3000
+_KEY = b"a key for fuzzing, of 32 bytes.."
+SEALS = [Seal(_KEY, bytes(32), ""), *([Seal(_KEY, bytes(32), "aes-gcm")] if importlib.util.find_spec("cryptography") else [])]
+
+
+def _enveloped(seal: Seal | None, compression: Compression | None) -> tuple[int, bytes, int, bytes]:
+    """The kind of a record, the file, its plain size and what the record says of its seal."""
+    file = io.BytesIO()
+    wrapping = Envelope(compression, seal).wrapping(b"sword", lambda f: f.write(PLAIN), stops=False)
+    wrapping(file)
+    return 2 | wrapping.method << 2, file.getvalue(), wrapping.plain, wrapping.seal
+
+
+_GZIP = Compression(METHODS["gzip"], 1)
+SEALED = [(seal, *_enveloped(seal, compression)) for seal in SEALS for compression in (None, _GZIP)]
+COMPRESSED = _enveloped(None, _GZIP)[1]
+BODY = Envelope(_GZIP, None).wrap(0, PLAIN)
+MESSAGES = [(seal, seal.close(RECORD, 1, b"sword", b"a message")) for seal in SEALS]
+
+
+def envelope(data: bytes) -> None:
+    """A sealed file or message that was changed is refused; compressed ones hold no more than was said."""
+    if not data:
+        return
+    number, program = data[0], data[1:]
+    seal, kind, stored, plain, said = SEALED[number % len(SEALED)]
+    changed = mutate(stored, program) if number & 128 else program
+    with contextlib.suppress(CorruptError):
+        found = open_file(seal, kind, b"sword", memoryview(changed), plain, said)
+        assert changed == stored, "another file than was sealed"
+        assert found == PLAIN
+    with contextlib.suppress(TamperedError):
+        list(seal.read(memoryview(stored), b"sword", mutate(said, program), private_memory))
+        assert mutate(said, program) == said, "another seal than was given"
+    seal, message = MESSAGES[number % len(MESSAGES)]
+    changed = mutate(message, program) if number & 128 else program
+    with contextlib.suppress(TamperedError):
+        assert seal.open(RECORD, 1, b"sword", changed) == b"a message"
+        assert changed == message, "another message than was closed"
+    changed = mutate(COMPRESSED, program) if number & 128 else program
+    for size in (len(PLAIN), len(program) % 1000):
+        with contextlib.suppress(CorruptError):
+            assert len(open_file(None, 2 | 3 << 2, b"sword", memoryview(changed), size, b"")) == size
+    with contextlib.suppress(CorruptError):
+        changed = mutate(BODY[1], program) if number & 128 else program
+        assert len(open_body(BODY[0], changed)) == int.from_bytes(changed[:4], "little") < 1 << 16
+
+
 # --- all of them
 
 
@@ -435,6 +490,7 @@ INPUTS: dict[str, list[bytes]] = {
     "name": NAMES,
     "safe": SAFE_SEEDS,
     "allowed": PICKLES,
+    "envelope": [bytes([number]) + stored for number, (_, _, stored, _, _) in enumerate(SEALED)] + [b"\x80", b"\x81\0\0\0\1"],
 }
 
 
@@ -444,7 +500,14 @@ def aimed_at(name_of_target: str) -> Iterator[Target]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(nothing_is_unpickled())
         if name_of_target != "record":
-            targets = {"value_file": value_file, "reference": reference, "name": name, "safe": safe, "allowed": allowed}
+            targets = {
+                "value_file": value_file,
+                "reference": reference,
+                "name": name,
+                "safe": safe,
+                "allowed": allowed,
+                "envelope": envelope,
+            }
             yield targets[name_of_target]
             return
         records = Records(stack.enter_context(tempfile.TemporaryDirectory(prefix="chest-fuzz-")))

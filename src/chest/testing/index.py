@@ -311,9 +311,10 @@ class IndexContract:
             return []
 
         with self.index(tmp_path) as index:
-            first = index.commit([put(name, n + 1, kind=n) for n, name in enumerate("abcd")])
-            index.commit([put("a", 9), put("b", 9), put("e", 9)], [b"c", b"x"], notes=notes)
-            want = {b"b": Record(first.version, 2, 1, b"body"), b"c": Record(first.version, 3, 2, b"body")}
+            first = index.commit([put(name, n + 1, kind=n) for n, name in enumerate("abcdefg")])  # e is of kind 4: as a is
+            index.commit([put(name, 9) for name in "abefgx"], [b"c", b"y"], notes=notes)
+            kinds = {b"b": 1, b"c": 2, b"f": 5, b"g": 6}
+            want = {name: Record(first.version, kind + 1, kind, b"body") for name, kind in kinds.items()}
             assert told[-1] == want
 
     def test_notes_stay_until_they_are_settled_oldest_first(self, tmp_path: Path) -> None:
