@@ -12,8 +12,9 @@ from ._records import BLOB, Ref
 from ._store import Store
 from .abc import Index
 from .engines._files import FileBlobs
-from .engines._legacy import LegacyIndex, finish_upgrade, read_pairs
+from .engines._legacy import NEW, OLD, LegacyIndex, finish_upgrade, read_pairs
 from .engines._lmdb import LmdbIndex
+from .engines._readonly import ReadOnlyIndex
 from .errors import ChestError, FormatError, PathError, SerializerMismatchError
 from .serializers import NAMES, Codec, resolve
 
@@ -32,6 +33,7 @@ def open_folder(
     loose: int | None,
     verify: bool,
     network: bool,
+    read_only: bool = False,
 ) -> Store:
     """The store in a folder, which is created if there is none.
 
@@ -42,6 +44,8 @@ def open_folder(
         FormatError: it was written by a newer version.
         CorruptError: its index is damaged.
     """
+    if read_only:
+        return _open_to_read(path, codec, label, opener, loose, verify)
     _make_folder(path)
     if not network:
         _fs.refuse_network(path)
@@ -53,11 +57,8 @@ def open_folder(
 
     index: Index
     if os.path.isfile(keys):
-        given = codec is not None
-        pairs, name = read_pairs(keys, opener, codec.load if codec and not codec.native else None, bool(codec and codec.text))
-        codec = codec if given else resolve(name, None, None, "b")
-        assert codec is not None
-        index = LegacyIndex(path, pairs, lambda f: Ref(0, 0, "0", f).pack(), BLOB, create, _settings(path, codec))
+        folds = b"1" if _fs.folds_case(path) else b"0"
+        index, codec = _legacy(path, keys, codec, opener, folds, create)
     else:
         index = create(keys)
     blobs = None
@@ -90,6 +91,52 @@ def open_folder(
             ) from error
         raise
     return store
+
+
+def _open_to_read(
+    path: str,
+    codec: Codec | None,
+    label: Callable[[Any], str] | None,
+    opener: Callable[..., Any] | None,
+    loose: int | None,
+    verify: bool,
+) -> Store:
+    """As ``open_folder``, for a folder in which nothing may change: what a crash has left stays, and is read past.
+
+    A value file that has not got its own name yet is found under the other one; what a commit has left to be removed, nothing
+    refers to.
+    """
+    keys = os.path.join(path, ".keys")
+    if os.path.isdir(os.path.join(path, NEW)) and os.path.isfile(os.path.join(path, OLD)) and not os.path.lexists(keys):
+        keys = os.path.join(path, NEW)  # an upgrade of a chest 0.2 that was interrupted when the index was whole
+    index: Index
+    if os.path.isfile(keys):
+        index, codec = _legacy(path, keys, codec, opener, b"0", ReadOnlyIndex)
+    else:
+        index = ReadOnlyIndex(keys)
+    try:
+        if index.meta(b"format") is None:
+            raise PathError(f"there is no chest at {path} yet: it has never been written to.", path=path)
+        codec = _remembered(index, path, codec)
+        blobs = FileBlobs(path, opener=opener, mode="t" if codec.text and opener else "b")
+        return Store(
+            path, index, blobs, codec, label=label, opener=opener, loose=loose, verify=verify, read_only=True
+        )
+    except BaseException:
+        index.close()
+        raise
+
+
+def _legacy(
+    path: str, keys: str, codec: Codec | None, opener: Callable[..., Any] | None, folds: bytes, create: Callable[[str], Index]
+) -> tuple[LegacyIndex, Codec]:
+    """The index of a folder of chest 0.2, and the serializer that reads it."""
+    given = codec is not None
+    pairs, name = read_pairs(keys, opener, codec.load if codec and not codec.native else None, bool(codec and codec.text))
+    codec = codec if given else resolve(name, None, None, "b")
+    assert codec is not None
+    settings = {b"format": str(FORMAT).encode(), b"serializer": codec.name.encode(), b"folds": folds}
+    return LegacyIndex(path, pairs, lambda f: Ref(0, 0, "0", f).pack(), BLOB, create, settings), codec
 
 
 def _make_folder(path: str) -> None:

@@ -72,6 +72,7 @@ class Portable(Sharing[K, V]):
             loose=given["loose"],
             verify=given["verify"] == "always",
             network=given["network"],
+            read_only=given["read_only"],
         )
 
     def _begun(self) -> None:

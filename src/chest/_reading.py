@@ -35,6 +35,7 @@ class Reader:
         loose: int | None = 100,
         verify: bool = False,
         folds: bool = False,
+        read_only: bool = False,
     ) -> None:
         self.path = path
         self.index = index
@@ -46,6 +47,7 @@ class Reader:
         self._loose = loose or 0
         self._verify = verify
         self._folds = folds
+        self.read_only = read_only
         self._opaque: dict[Any, bytes] | None = None
         self._opaque_names: set[bytes] = set()
         self._opaque_version = -1

@@ -19,13 +19,15 @@ from . import _fs, _lifetime, _scratch
 from ._keys import key_to_filename
 from ._processes import Portable, refuse_gone
 from ._sizing import nbytes, parse_memory
-from .errors import ChestError
+from .errors import ChestError, ReadOnlyError, UnsafePathWarning
 from .serializers import resolve
 
 __all__ = ["Chest", "Stats", "key_to_filename", "nbytes"]
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+
+_OF_FOLDER = ("write_through", "network", "read_only", "trusted")  # settings that are not about values
 
 
 class Stats(NamedTuple):
@@ -78,6 +80,11 @@ class Chest(Portable[K, V]):
         write_through: every set, every deletion and every change in place that is noticed is committed before the call returns
             (0.4 ms or so each). Others see it at once.
         network: accept a network file system, where the index is damaged sooner or later.
+        read_only: nothing in the folder changes, whatever happens; it may lie on a medium that cannot be written, or belong
+            to somebody else. Writing is a ``ReadOnlyError``. Values may be changed in memory: ``sync``, ``flush`` and ``close``
+            (which lets go of the folder all the same) raise then, and until then such values stay in memory.
+        trusted: do not warn (``UnsafePathWarning``) where other users can write to the folder: whoever can may run code in the
+            name of those who read it, since that is what a pickle allows.
 
     Raises:
         PathError, NetworkPathError, SerializerMismatchError, FormatError, CorruptError: the folder cannot be used.
@@ -105,6 +112,8 @@ class Chest(Portable[K, V]):
         verify: str = "auto",
         write_through: bool = False,
         network: bool = False,
+        read_only: bool = False,
+        trusted: bool = False,
     ) -> None:
         limit = parse_memory(available_memory)
         codec = resolve(serializer, dump, load, mode)
@@ -112,6 +121,8 @@ class Chest(Portable[K, V]):
             raise ValueError(f"verify is {verify!r}: choose 'auto' or 'always'")
         if loose is not None and (type(loose) is not int or loose < 0):
             raise ValueError(f"loose is {loose!r}: give a number of keys, or None for a file for every value")
+        if read_only and (path is None or data is not None or write_through):
+            raise ValueError("read_only goes with the path of a chest, and with neither data nor write_through")
         if open is builtins.open:
             open = None
         _lifetime.close_those_left()
@@ -135,6 +146,8 @@ class Chest(Portable[K, V]):
             "verify": verify,
             "write_through": write_through,
             "network": network,
+            "read_only": read_only,
+            "trusted": trusted,
         }
         try:
             store = self._open_store(codec)
@@ -150,6 +163,14 @@ class Chest(Portable[K, V]):
         self.open_many: Callable[..., AbstractContextManager[list[Any]]] = open_many or _open_many
         self.mode = mode
         self._begun()
+        others = "" if trusted or self._scratch else _fs.who_else_writes(self.path)
+        if others:
+            warnings.warn(
+                f"{others}: whoever can write there can run code in the name of those who read the chest. Take that right away "
+                "from others (chmod go-w), or pass trusted=True if they may.",
+                UnsafePathWarning,
+                stacklevel=2,
+            )
         if data is not None:
             self.update(data)
 
@@ -157,7 +178,7 @@ class Chest(Portable[K, V]):
         return not self._scratch or self._shared
 
     def _twin(self) -> Chest[K, V]:
-        given = {name: setting for name, setting in self._given.items() if name not in ("write_through", "network")}
+        given = {name: setting for name, setting in self._given.items() if name not in _OF_FOLDER}
         if (given["serializer"], given["dump"], given["load"]) == (None, None, None):
             given["serializer"] = self._store.codec.name  # what the folder remembered
         return type(self)(available_memory=self.available_memory, **given)
@@ -237,13 +258,13 @@ class Chest(Portable[K, V]):
     def shrink(self) -> None:
         """Let values leave memory until what remains fits into ``available_memory``."""
         with self.lock:
-            self._writable()
+            self._writable() if not self._store.read_only else self._usable()
             self._raise(self._shrink())
 
     def move_to_disk(self, key: K) -> None:
         """Let one value leave memory. Raises KeyError if it is not in memory, or why it could not be written."""
         with self.lock:
-            self._writable()
+            self._writable() if not self._store.read_only else self._usable()
             self._no_transaction("move_to_disk")
             entry = self._entries[key]
             self._tier.retry()
@@ -337,8 +358,12 @@ class Chest(Portable[K, V]):
                 return
             self._no_transaction("close")
             lasts = not self._scratch or (self._shared and _scratch.is_shared(self.path))
-            if lasts and (self._failed is None or self._untold):
-                self.sync()
+            try:
+                if lasts and (self._failed is None or self._untold or self._store.read_only):
+                    self.sync()
+            except ReadOnlyError:  # it cannot be written later either
+                self._end()
+                raise
             self._end()
         if self._scratch:
             _scratch.remove_scratch(self.path)
@@ -357,6 +382,8 @@ class Chest(Portable[K, V]):
         """Remove the chest from the disk for good, and close it. Files that are not its own stay."""
         with self.lock:
             self._usable()
+            if self._store.read_only:
+                self._writable()
             self._no_transaction("drop")
             if not self._scratch:
                 for label in self._store.labels():
