@@ -150,12 +150,15 @@ class Chest(Portable[K, V]):
             "trusted": trusted,
         }
         try:
-            store = self._open_store(codec)
+            with ExitStack() as opened:
+                store = self._open_store(codec)
+                opened.callback(store.close)
+                super().__init__(store, limit)
+                opened.pop_all()
         except BaseException:
             if self._scratch:
                 _scratch.remove_scratch(self.path)
             raise
-        super().__init__(store, limit)
         self._write_through = write_through
         self._on_miss = on_miss
         self._on_overflow = on_overflow

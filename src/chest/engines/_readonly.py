@@ -47,7 +47,7 @@ class ReadOnlyIndex(Index):
         self._lock = threading.RLock()
         self._pages: Pages | None = None
         self._closed = False
-        self._owner = os.getpid()
+        self.generation = memoryview(bytes(8)).cast("Q")
         try:
             self.version()
         except FileNotFoundError as error:
@@ -55,11 +55,16 @@ class ReadOnlyIndex(Index):
                 f"there is no chest in {os.path.dirname(self._folder)}, and none is made with read_only=True: give the path of one.",
                 path=self._folder,
             ) from error
+        except ChestError:
+            self.close()
+            raise
         except OSError as error:
-            if isinstance(error, ChestError):
-                raise
             raise PathError(f"the index {self._data} cannot be read: {error.strerror}.", path=self._data) from error
-        self.generation = self._map_generation()
+        try:
+            self.generation = self._map_generation()
+        except BaseException:
+            self.close()
+            raise
 
     def _map_generation(self) -> memoryview:
         """Without one that can be read, it never fits, and so every hit looks at the index."""
