@@ -120,7 +120,9 @@ def test_everything_can_be_read_and_not_a_byte_changes(filled: tuple[Path, dict[
     assert look(path) == before
 
 
-def test_a_change_in_place_is_an_error_where_it_should_be_written_and_the_chest_closes(filled: tuple[Path, dict[Any, Any]]) -> None:
+def test_a_change_in_place_is_an_error_where_it_should_be_written_and_the_chest_closes(
+    filled: tuple[Path, dict[Any, Any]],
+) -> None:
     path, _ = filled
     before = look(path)
     chest = Chest[Any, Any](path=path, read_only=True)
@@ -151,7 +153,9 @@ def test_a_changed_value_does_not_fall_back_when_memory_is_short(filled: tuple[P
         chest.close()
 
 
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: (path / ".keys").mkdir(parents=True)])
+@pytest.mark.parametrize(
+    "make", [lambda path: None, lambda path: path.mkdir(), lambda path: (path / ".keys").mkdir(parents=True)]
+)
 def test_a_folder_without_a_chest_is_a_clear_error_and_none_is_made(tmp_path: Path, make: Callable[[Path], Any]) -> None:
     make(tmp_path / "c")
     before = look(tmp_path)

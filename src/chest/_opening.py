@@ -119,9 +119,7 @@ def _open_to_read(
             raise PathError(f"there is no chest at {path} yet: it has never been written to.", path=path)
         codec = _remembered(index, path, codec)
         blobs = FileBlobs(path, opener=opener, mode="t" if codec.text and opener else "b")
-        return Store(
-            path, index, blobs, codec, label=label, opener=opener, loose=loose, verify=verify, read_only=True
-        )
+        return Store(path, index, blobs, codec, label=label, opener=opener, loose=loose, verify=verify, read_only=True)
     except BaseException:
         index.close()
         raise

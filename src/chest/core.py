@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from . import _fs, _lifetime, _scratch
 from ._keys import key_to_filename
-from ._processes import Portable, refuse_gone
+from ._processes import refuse_gone
 from ._sizing import nbytes, parse_memory
+from ._upkeep import Upkeep
 from .errors import ChestError, ReadOnlyError, UnsafePathWarning
 from .serializers import resolve
 
@@ -49,7 +50,7 @@ def _open_many(filenames: Iterable[str], mode: str = "rb") -> Iterator[list[Any]
         yield [stack.enter_context(builtins.open(name, mode)) for name in filenames]
 
 
-class Chest(Portable[K, V]):
+class Chest(Upkeep[K, V]):
     """A dictionary that keeps what fits in memory and the rest in a folder, and finds everything again next time.
 
     All of ``dict``'s interface holds: insertion order, any hashable key, values changed in place. Any number of threads may

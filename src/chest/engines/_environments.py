@@ -35,7 +35,7 @@ from typing import Any, NoReturn
 import lmdb
 
 from .. import _fs
-from ..errors import ChestError, DiskFullError, PathError
+from ..errors import ChestError, DiskFullError, InUseError, PathError
 from . import _reserve
 from ._datafile import forget_stump, prepare_lock, refuse_damaged
 from ._environment import FULL, Environment, code_of, damaged, identity_of
@@ -114,6 +114,13 @@ class Environments:
             if not env.lost and not env.n_users and (env.abandoned is None or env.may_be_closed()):
                 self._open.pop(env.files["data.mdb"], None)
                 env.close()
+
+    def refuse_open(self, folder: str) -> None:
+        """Raises InUseError if this process has the index in a folder open."""
+        with self._lock, contextlib.suppress(OSError):
+            if identity_of(os.path.join(folder, "data.mdb")) in self._open:
+                path = os.path.dirname(os.path.abspath(folder))
+                raise InUseError(f"this process has the chest at {path} open: close it and try again.", path=path)
 
     # --- fork
 

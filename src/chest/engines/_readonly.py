@@ -280,5 +280,3 @@ def unpack_order(place: bytes, data: bytes) -> OrderItem | None:
     if end > len(data) - 8:
         return None
     return OrderItem(int.from_bytes(place, "big"), data[2:end], data[end:-8])
-
-
