@@ -28,7 +28,7 @@ LAYERS = [
     ["engines", "engines.*", "serializers", "serializers.*", "_memory", "_changes", "_records"],
     ["_reading", "_value_files"],
     ["_store"],
-    ["_aside", "_checking", "_opening", "_spilling"],
+    ["_aside", "_backup", "_checking", "_opening", "_spilling"],
     ["_rebuilding"],
     ["_repairing"],
     ["_keeper"],

@@ -77,6 +77,7 @@ class Databases:
     """The index, to be changed behind the chest's back."""
 
     def __init__(self, path: Path) -> None:
+        self._generation = path / ".keys" / "generation"
         self._env = lmdb.open(str(path / ".keys"), max_dbs=10, lib_version=0)
         self.txn = self._env.begin(write=True)
         self.dbs = {n: self._env.open_db(n.encode(), self.txn, create=False) for n in ("index", "order", "pending", "meta", "changed")}
@@ -85,6 +86,8 @@ class Databases:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with self._generation.open("r+b") as file:
+            file.write(self.txn.id().to_bytes(8, "little"))
         self.txn.commit()
         self._env.close()
 
@@ -511,13 +514,12 @@ def work_transactions(c: Chest[Any, Any]) -> None:
             c["x"], c["y"] = n, np.full(20_000, n)
     with pytest.raises(ZeroDivisionError), c.transaction():  # noqa: PT012
         c["y"] = np.zeros(40_000)
-        c.move_to_disk("y")
         raise ZeroDivisionError
 
 
 def work_kinds(c: Chest[Any, Any]) -> None:
     """From large to small and back, in place, under keys of all kinds."""
-    for key in [*VALUES, pytest.approx(1), frozenset({1})] if False else [*VALUES]:
+    for key in [*VALUES, frozenset({1})]:
         for value in ([1], np.arange(20_000), [2], np.arange(9_000), [3] if key == "a" else np.arange(10_000)):
             c[key] = value
             c.flush()

@@ -29,7 +29,7 @@ from .engines._readonly import ReadOnlyIndex, unpack_order, unpack_record
 from .engines._verify import structural_errors
 from .errors import ChestError, CorruptError, PathError, short
 
-__all__ = ["KINDS", "Checker", "Finding", "Problem"]
+__all__ = ["KINDS", "Checker", "Finding", "Problem", "strays"]
 
 KINDS = {
     "index": "the index is rebuilt from what can be read of it and from the value files",
@@ -130,7 +130,7 @@ class Checker:
             raise PathError(f"there is no chest at {self.path}: give the path of one.", path=self.path)
         yield from self._around()
         whole = True
-        if os.path.isdir(self._keys_path) and not os.path.islink(self._keys_path):
+        if not os.path.islink(self._keys_path) and os.path.isfile(self._data) and not os.path.islink(self._data):
             for error in structural_errors(self._keys_path):
                 whole = False
                 yield self._problem("index", f"the index is damaged: {error}", path=self._data)
@@ -441,3 +441,15 @@ class Checker:
             if self._index.version() == version:
                 return True
         return False
+
+
+def strays(path: str, label: str | None = None) -> Iterator[str]:
+    """The value files (or this one, if it is one) whose keys have another value: nothing refers to them any more."""
+    checker = Checker(path)
+    checker._index = index = ReadOnlyIndex(checker._keys_path)
+    try:
+        for file in value_files(checker.path, checker._broken):
+            if label in (None, file.label) and checker._current(file.name) is not None and checker.is_stray(file):
+                yield file.label
+    finally:
+        index.close()

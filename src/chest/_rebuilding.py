@@ -139,7 +139,7 @@ class Rebuild:
             self._newest = max(self._newest, record.version)
         elif database == b"order":
             item = unpack_order(key, value)
-            if item is not None and item.typed:
+            if item is not None and item.typed and self._gives(item.name, item.typed):
                 draft.put(b"extra", self._typed_at(item.name, item.seq), item.typed)
                 draft.put(b"extra", self._typed_at(item.name), item.typed)
         elif database in (b"pending", b"meta") and len(value) >= 8 and xxh3_64_digest(key + value[:-8]) == value[-8:]:
@@ -207,16 +207,22 @@ class Rebuild:
                 self._draft.delete(b"index", name)
 
     def _typed(self, name: bytes, seq: int) -> bytes:
-        found = self._draft.get(b"extra", self._typed_at(name, seq)) or self._draft.get(b"extra", self._typed_at(name)) or b""
+        """What gives a key back where its name does not: from its place in the order, another place, or its file."""
+        for place in (self._typed_at(name, seq), self._typed_at(name)):
+            found = self._draft.get(b"extra", place)
+            if found is not None and self._gives(name, found):
+                return found
+        return b""
+
+    @staticmethod
+    def _gives(name: bytes, typed: bytes) -> bool:
         try:
-            key = _keys.decode(name, found)
-            if found and name[:1] != _keys.OPAQUE_PREFIX and _keys.name_of(key) != name:
-                raise CorruptError("it is another key's")
+            key = _keys.decode(name, typed)
+            return name[:1] == _keys.OPAQUE_PREFIX or _keys.name_of(key) == name
         except CorruptError:
-            return self._draft.get(b"extra", self._typed_at(name)) or b""
+            return False
         except ChestError:
-            pass  # its class is not here
-        return found
+            return True  # its class is not here
 
     def _problem(self, name: bytes, record: Record) -> str:
         """Why nothing can be made of a record; "" if it is right, or is now."""

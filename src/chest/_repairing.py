@@ -15,7 +15,7 @@ from typing import Any
 
 from . import _fs
 from ._aside import Aside
-from ._checking import Checker, Problem
+from ._checking import KINDS, Checker, Problem
 from ._rebuilding import Rebuild, set_generation
 from .engines._alone import alone
 from .engines._environments import ENVIRONMENTS
@@ -68,7 +68,10 @@ def _repair(path: str) -> Iterator[Problem]:
         aside = Aside(path)
         ENVIRONMENTS.refuse_open(keys)
         for name in ("", "lock.mdb"):
-            _make_way(aside, os.path.join(keys, name) if name else keys, stat.S_ISREG if name else stat.S_ISDIR)
+            place = os.path.join(keys, name) if name else keys
+            if _make_way(aside, place, stat.S_ISREG if name else stat.S_ISDIR):
+                what = f"{place} is no {'regular file' if name else 'folder'}"
+                found.write(_packed(Problem("index", None, place, what, KINDS["index"])))
         if os.path.isfile(keys) or not os.path.lexists(keys):
             first = list(Checker(path).problems())  # raises where there is nothing
             if os.path.isfile(keys):  # of chest 0.2: nothing to repair it from
@@ -90,7 +93,7 @@ def _repair(path: str) -> Iterator[Problem]:
                     set_generation(keys, 0)
         aside.close()
         found.seek(0)
-        return _unpacked(found)
+        return _Spooled(found)
     except BaseException:
         found.close()
         raise
@@ -103,20 +106,30 @@ def _packed(problem: Problem) -> bytes:
         return pickle.dumps(tuple(problem._replace(key=short(problem.key))))
 
 
-def _unpacked(file: Any) -> Iterator[Problem]:
-    with file:
-        while True:
-            try:
-                yield Problem(*pickle.load(file))
-            except EOFError:
-                return
+class _Spooled(Iterator[Problem]):
+    """Problems from a temporary file, which is closed with the last of them, or when nobody wants the rest."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __next__(self) -> Problem:
+        try:
+            return Problem(*pickle.load(self._file))
+        except (EOFError, ValueError):  # ValueError: it is closed
+            self._file.close()
+            raise StopIteration from None
+
+    def __del__(self) -> None:
+        self._file.close()
 
 
-def _make_way(aside: Aside, path: str, is_right: Callable[[int], bool]) -> None:
+def _make_way(aside: Aside, path: str, is_right: Callable[[int], bool]) -> bool:
     """What lies there and is not of the right kind is set aside. A ``.keys`` of chest 0.2 is."""
     try:
         mode = os.lstat(path).st_mode
     except OSError:
-        return
-    if not is_right(mode) and not (os.path.basename(path) == ".keys" and stat.S_ISREG(mode)):
-        aside.move(path, "it lies in the place of something that belongs to the index")
+        return False
+    if is_right(mode) or (os.path.basename(path) == ".keys" and stat.S_ISREG(mode)):
+        return False
+    aside.move(path, "it lies in the place of something that belongs to the index")
+    return True

@@ -117,10 +117,34 @@ class Environments:
 
     def refuse_open(self, folder: str) -> None:
         """Raises InUseError if this process has the index in a folder open."""
-        with self._lock, contextlib.suppress(OSError):
-            if identity_of(os.path.join(folder, "data.mdb")) in self._open:
-                path = os.path.dirname(os.path.abspath(folder))
-                raise InUseError(f"this process has the chest at {path} open: close it and try again.", path=path)
+        with self._lock:
+            try:
+                is_open = identity_of(os.path.join(folder, "data.mdb")) in self._open
+            except OSError:
+                return
+        if is_open:
+            path = os.path.dirname(os.path.abspath(folder))
+            raise InUseError(f"this process has the chest at {path} open: close it and try again.", path=path)
+
+    def compact(self, env: Environment, fd: int, path: str) -> None:
+        """A copy of the index without its free pages has taken its place. Made in this file, on the same file system.
+
+        All of this process's chests in the folder go on with it. See ``Environment.replace_by_copy`` for errors.
+        """
+        while True:
+            with env._alone():
+                # Only tried, as before a fork: its holder may be waiting for the gate.
+                if self._lock.acquire(blocking=False):
+                    try:
+                        self._open.pop(env.files["data.mdb"], None)
+                        try:
+                            env.replace_by_copy(fd, path)
+                        finally:
+                            self._open[env.files["data.mdb"]] = env
+                        return
+                    finally:
+                        self._lock.release()
+            time.sleep(_PAUSE_S)
 
     # --- fork
 
