@@ -80,7 +80,9 @@ class Databases:
         self._generation = path / ".keys" / "generation"
         self._env = lmdb.open(str(path / ".keys"), max_dbs=10, lib_version=0)
         self.txn = self._env.begin(write=True)
-        self.dbs = {n: self._env.open_db(n.encode(), self.txn, create=False) for n in ("index", "order", "pending", "meta", "changed")}
+        self.dbs = {
+            n: self._env.open_db(n.encode(), self.txn, create=False) for n in ("index", "order", "pending", "meta", "changed")
+        }
 
     def __enter__(self) -> Databases:
         return self
@@ -442,7 +444,10 @@ PAGES: dict[str, Callable[[Path], Any]] = {
     "a FIFO": lambda path: ((path / ".keys" / "data.mdb").unlink(), os.mkfifo(path / ".keys" / "data.mdb")),
     "a folder": lambda path: ((path / ".keys" / "data.mdb").unlink(), (path / ".keys" / "data.mdb").mkdir()),
     "without its folder": lambda path: shutil.rmtree(path / ".keys"),
-    "a link in place of its folder": lambda path: ((path / ".keys").rename(path.parent / "k"), (path / ".keys").symlink_to("../k")),
+    "a link in place of its folder": lambda path: (
+        (path / ".keys").rename(path.parent / "k"),
+        (path / ".keys").symlink_to("../k"),
+    ),
     "without meta pages": lambda path: (zero_page(path, 0), zero_page(path, 1)),
 }
 
@@ -534,9 +539,13 @@ WORK = [work_large, work_small, work_transactions, work_kinds]
 
 @pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)
 @pytest.mark.parametrize(
-    "settings", [{}, {"loose": None}, {"loose": 0}, {"serializer": "json"}, {"key_to_filename": lambda k: f"f{hash(str(k))}"}], ids=str
+    "settings",
+    [{}, {"loose": None}, {"loose": 0}, {"serializer": "json"}, {"key_to_filename": lambda k: f"f{hash(str(k))}"}],
+    ids=str,
 )
-def test_a_healthy_chest_has_no_problem(tmp_path: Path, work: Callable[[Chest[Any, Any]], None], settings: dict[str, Any]) -> None:
+def test_a_healthy_chest_has_no_problem(
+    tmp_path: Path, work: Callable[[Chest[Any, Any]], None], settings: dict[str, Any]
+) -> None:
     if settings.get("serializer") == "json":
         with Chest[Any, Any](path=tmp_path / "c", **settings) as c:
             c["a"], c["b"] = [1] * 30_000, {"x": 1}
@@ -654,7 +663,9 @@ def _other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_what_is_only_under_way_is_not_reported(tmp_path: Path, other: subprocess.Popen[str], scale: Callable[[int, int], int]) -> None:
+def test_what_is_only_under_way_is_not_reported(
+    tmp_path: Path, other: subprocess.Popen[str], scale: Callable[[int, int], int]
+) -> None:
     for _ in range(scale(8, 100)):
         assert not (found := list(check(tmp_path / "c"))), describe(found)
     assert other.poll() is None
@@ -684,7 +695,9 @@ def test_whoever_opens_a_chest_that_is_being_repaired_waits(path: Path) -> None:
 
     code = "import sys\nfrom chest import Chest\nprint('go', flush=True)\nwith Chest(path=sys.argv[1]) as c:\n    c['x'] = len(c)\n"
     with alone(str(path / ".keys")):
-        process = subprocess.Popen([sys.executable, "-c", code, str(path)], env=environment(), stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(path)], env=environment(), stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout is not None
         assert process.stdout.readline() == "go\n"
         for _ in range(50):
@@ -727,7 +740,9 @@ def test_a_repair_that_is_killed_loses_nothing_and_the_next_one_ends_it(path: Pa
     n = step = scale(9, 1)
     for _ in range(1000):
         work = Path(shutil.copytree(path, path.parent / "work", symlinks=True))
-        done = subprocess.run([sys.executable, "-c", code, str(work), str(n)], env=environment(), capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(work), str(n)], env=environment(), capture_output=True, text=True
+        )
         assert done.returncode in (0, -9), done.stderr
         if n % 2 and done.returncode:  # somebody opens it before it is repaired
             try:

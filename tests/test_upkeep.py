@@ -176,7 +176,9 @@ def _other(tmp_path: Path) -> Iterator[Callable[[str], str]]:
         assert process.wait() == 0
 
 
-def test_a_chest_that_another_process_has_open_is_not_compacted_and_unharmed(tmp_path: Path, other: Callable[[str], str]) -> None:
+def test_a_chest_that_another_process_has_open_is_not_compacted_and_unharmed(
+    tmp_path: Path, other: Callable[[str], str]
+) -> None:
     with Chest[Any, Any](path=tmp_path / "c") as c:
         inode = (tmp_path / "c" / ".keys" / "data.mdb").stat().st_ino
         for n in range(5):
@@ -192,11 +194,14 @@ def test_a_chest_that_another_process_has_open_is_not_compacted_and_unharmed(tmp
 
 def test_a_reader_in_another_process_goes_on_beside_a_compaction(tmp_path: Path) -> None:
     values = fill(tmp_path / "c")
-    code = OPEN.replace("path=sys.argv[1]", "path=sys.argv[1], read_only=True, available_memory=0").replace(
-        "c[key] = value\n        c.sync()\n", ""
-    ).replace("c[key]", "c.get(key)")
+    code = OPEN.replace("path=sys.argv[1]", "path=sys.argv[1], read_only=True, available_memory=0")
+    code = code.replace("c[key] = value\n        c.sync()\n        ", "").replace("c[key]", "c.get(key)")
     with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "c")], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(tmp_path / "c")],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -426,7 +431,9 @@ def test_a_backup_beside_a_writer_is_of_one_instant(
 
 
 @pytest.mark.torture
-def test_a_backup_that_is_killed_is_not_there_and_leaves_nothing_behind(tmp_path: Path, scale: Callable[[int, int], int]) -> None:
+def test_a_backup_that_is_killed_is_not_there_and_leaves_nothing_behind(
+    tmp_path: Path, scale: Callable[[int, int], int]
+) -> None:
     values = fill(tmp_path / "c", 300)
     code = (
         "import os, sys\nfrom chest import Chest\nn = int(sys.argv[3])\nc = Chest(path=sys.argv[1])\n"
@@ -439,7 +446,9 @@ def test_a_backup_that_is_killed_is_not_there_and_leaves_nothing_behind(tmp_path
     n = 1
     for _ in range(1000):
         done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "c"), str(tmp_path / "b"), str(n)], env=environment(), capture_output=True
+            [sys.executable, "-c", code, str(tmp_path / "c"), str(tmp_path / "b"), str(n)],
+            env=environment(),
+            capture_output=True,
         )
         assert done.returncode in (0, -9), done.stderr
         if done.returncode:

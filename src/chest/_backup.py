@@ -44,10 +44,12 @@ def backup(store: Store, index: LmdbIndex, dest: str) -> None:
     try:
         os.makedirs(parent, 0o700, exist_ok=True)
         _sweep(parent, base)
-        work = os.path.join(parent, f".{base}.backup-{os.urandom(8).hex()}")
-        os.mkdir(work, 0o700)
+        work, owner = _begin(parent, base)
         try:
-            _fill(store, index, work)
+            try:
+                _fill(store, index, work)
+            finally:
+                owner.release()
             os.rename(work, dest)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
@@ -61,49 +63,59 @@ def backup(store: Store, index: LmdbIndex, dest: str) -> None:
         ) from error
 
 
+def _begin(parent: str, base: str) -> tuple[str, _fs.Owner]:
+    """A folder that this process owns, to be filled."""
+    while True:
+        work = os.path.join(parent, f".{base}.backup-{os.urandom(8).hex()}")
+        os.mkdir(work, 0o700)
+        try:
+            return work, _fs.Owner.claim(work)
+        except FileNotFoundError:  # nobody's yet, it was swept
+            continue
+
+
 def _sweep(parent: str, base: str) -> None:
     """What dead processes have left of backups to the same place is gone."""
     for name in os.listdir(parent):
         path = os.path.join(parent, name)
-        if name.startswith(f".{base}.backup-") and stat.S_ISDIR(os.lstat(path).st_mode) and _fs.dead_owners(path):
-            shutil.rmtree(path, ignore_errors=True)
+        if name.startswith(f".{base}.backup-") and stat.S_ISDIR(os.lstat(path).st_mode):
+            if _fs.dead_owners(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):  # not empty: its owner is alive
+                    os.rmdir(path)
 
 
 def _fill(store: Store, index: LmdbIndex, work: str) -> None:
-    owner = _fs.Owner.claim(work)
-    try:
-        keys = os.path.join(work, ".keys")
-        os.mkdir(keys, 0o700)
-        _write(os.path.join(keys, "generation"), bytes(8))  # with this and without an index, no chest is opened here
+    keys = os.path.join(work, ".keys")
+    os.mkdir(keys, 0o700)
+    generation = os.open(os.path.join(keys, "generation"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:  # with this and without an index, no chest is opened here
+        _fs.write_all(generation, bytes(8))
         copy = _Copy(store, work)
         version = index.version()
         copy.take_all(index)
         store.settle()
-        fd = os.open(os.path.join(keys, "data"), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        data = os.path.join(keys, "data")
+        fd = os.open(data, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with index.transaction() as held:
                 copy.take_changed(held, version)
                 newest = held.version()
                 index.copy_to(fd)
-            renumber(os.path.join(keys, "data"), newest)
+            newest = renumber(data, newest)
             os.fsync(fd)
         finally:
             os.close(fd)
-        copy.make_durable()
-        os.rename(os.path.join(keys, "data"), os.path.join(keys, "data.mdb"))
-        for folder in (keys, work):
-            _fs.fsync_folder(folder)
+        os.lseek(generation, 0, os.SEEK_SET)
+        _fs.write_all(generation, newest.to_bytes(8, "little"))
+        os.fsync(generation)
     finally:
-        owner.release()
-
-
-def _write(path: str, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        _fs.write_all(fd, data)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        os.close(generation)
+    copy.make_durable()
+    os.rename(data, os.path.join(keys, "data.mdb"))
+    for folder in (keys, work):
+        _fs.fsync_folder(folder)
 
 
 class _Copy:

@@ -390,10 +390,10 @@ class Environment:
                     env.close()
                 number = renumber(path, newest + 1)
                 os.fsync(fd)
+                self.generation[0] = number  # ahead of the commit, as ever: a crash in between misleads nobody
                 os.replace(path, self.data)
                 if self.sync:
                     _fs.fsync_folder(self.folder)
-                self.generation[0] = number
         finally:
             self._attach()
             self.files = {name: identity_of(os.path.join(self.folder, name)) for name in _FILES}
