@@ -24,7 +24,7 @@ LAYERS = [
     ["errors"],
     ["_forms", "_fs", "_lifetime", "_machine", "_reducers", "_size_plans"],
     ["_keys", "_pickled", "_scratch", "_sizing"],
-    ["abc"],
+    ["_problems", "abc"],
     ["engines", "engines.*", "serializers", "serializers.*", "_memory", "_changes", "_records"],
     ["_reading", "_value_files"],
     ["_store"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import random
@@ -20,7 +21,7 @@ from xxhash import xxh3_64_digest
 
 import chest
 from chest import Chest, Problem, check
-from chest._checking import KINDS
+from chest._problems import KINDS
 from chest.errors import ChestError, InUseError, PathError
 
 np = pytest.importorskip("numpy")
@@ -685,15 +686,17 @@ def test_repair_is_refused_while_somebody_has_the_chest_open(tmp_path: Path, oth
     other.kill()
     other.wait()
     list(check(tmp_path / "c", repair=True))
-    with Chest[Any, Any](path=tmp_path / "c"):
-        with pytest.raises(InUseError, match="this process"):
-            check(tmp_path / "c", repair=True)
+    with Chest[Any, Any](path=tmp_path / "c"), pytest.raises(InUseError, match="this process"):
+        check(tmp_path / "c", repair=True)
 
 
 def test_whoever_opens_a_chest_that_is_being_repaired_waits(path: Path) -> None:
     from chest.engines._alone import alone
 
-    code = "import sys\nfrom chest import Chest\nprint('go', flush=True)\nwith Chest(path=sys.argv[1]) as c:\n    c['x'] = len(c)\n"
+    code = (
+        "import sys\nfrom chest import Chest\nprint('go', flush=True)\n"
+        "with Chest(path=sys.argv[1]) as c:\n    c['x'] = len(c)\n"
+    )
     with alone(str(path / ".keys")):
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(path)], env=environment(), stdout=subprocess.PIPE, text=True
@@ -745,10 +748,8 @@ def test_a_repair_that_is_killed_loses_nothing_and_the_next_one_ends_it(path: Pa
         )
         assert done.returncode in (0, -9), done.stderr
         if n % 2 and done.returncode:  # somebody opens it before it is repaired
-            try:
+            with contextlib.suppress(ChestError):
                 Chest(path=work).close()
-            except ChestError:
-                pass
         list(check(work, repair=True))
         assert not (found := list(check(work))), (n, describe(found))
         with Chest[Any, Any](path=work, verify="always") as c:

@@ -128,7 +128,7 @@ def test_a_change_in_place_is_an_error_where_it_should_be_written_and_the_chest_
     chest = Chest[Any, Any](path=path, read_only=True)
     chest["small"].append(3)
     chest["large"][0] = 5
-    with pytest.raises(ReadOnlyError, match="small.*large"):
+    with pytest.raises(ReadOnlyError, match=r"small.*large"):
         chest.sync()
     with pytest.raises(ReadOnlyError):
         chest.flush()
@@ -362,7 +362,8 @@ def test_a_user_without_the_right_to_write_reads(tmp_path: Path) -> None:
         code = (
             "import os, sys, numpy\nfrom chest import Chest\nos.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
             "try:\n    Chest(path=sys.argv[1])\nexcept OSError as error:\n    print(type(error).__name__)\n"
-            "with Chest(path=sys.argv[1], read_only=True) as c:\n    print(len(c), c['small'], c['large'].sum(), len(list(c.items())))\n"
+            "with Chest(path=sys.argv[1], read_only=True) as c:\n"
+            "    print(len(c), c['small'], c['large'].sum(), len(list(c.items())))\n"
         )
         done = subprocess.run(
             [sys.executable, "-c", code, str(place / "c")], env=_environment(), capture_output=True, text=True, timeout=60

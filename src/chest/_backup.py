@@ -1,14 +1,14 @@
 """A copy of a chest as of one instant, while others write.
 
-A value file may be replaced or removed at any time, so the copy is made in two goes. In the first one nobody is kept waiting:
-files are linked (or copied) as records tell, and what changes under one's hands is left out. In the second one the index's
-lock for writers is held: what was changed since the first is taken, and the index is copied. So writers wait as long as it takes
-to copy the index, and no longer.
+A value file may be replaced or removed at any time, so the copy is made in two goes. In the first one nobody is kept
+waiting: files are linked (or copied) as records tell, and what changes under one's hands is left out. In the second one the
+index's lock for writers is held: what was changed since the first is taken, and the index is copied. So writers wait as
+long as it takes to copy the index, and no longer.
 
 A link is as good as a copy, because value files are never written to, only replaced.
 
-The copy is made under another name beside its destination, and what is made there refuses to be opened until its index has come,
-which is last. The folder of a process that has died in between is removed by the next backup to the same place.
+The copy is made under another name beside its destination, and what is made there refuses to be opened until its index has
+come, which is last. The folder of a process that has died in between is removed by the next backup to the same place.
 """
 
 from __future__ import annotations

@@ -10,14 +10,16 @@ and ten million keys take some minutes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from xxhash import xxh3_64_digest, xxh3_128_intdigest
 
 from . import _fs, _keys, _pickled
+from ._problems import KINDS, Finding, Problem
 from ._records import BLOB, LOOSE, Ref, unpack_note
 from ._value_files import File, ValueFile, open_to_read, value_files
 from .abc import Record
@@ -29,55 +31,10 @@ from .engines._readonly import ReadOnlyIndex, unpack_order, unpack_record
 from .engines._verify import structural_errors
 from .errors import ChestError, CorruptError, PathError, short
 
-__all__ = ["KINDS", "Checker", "Finding", "Problem", "strays"]
-
-KINDS = {
-    "index": "the index is rebuilt from what can be read of it and from the value files",
-    "record": "the value comes from its file if there is one; else the record is set aside",
-    "order": "the order is rebuilt from the records",
-    "key": "the key comes from its value file if there is one; else the record is set aside",
-    "missing": "the value file is looked for under all other names; else the record is set aside",
-    "value": "a whole file with the same content takes its place if there is one; else both are set aside",
-    "orphan": "it becomes the value of its key again if that has none; else it is set aside",
-    "note": "the note is written anew from the records, or dropped",
-    "meta": "the setting is worked out again",
-    "log": "what the last commits were about is forgotten: those who follow changes look through all keys once",
-    "copy": "what lies in the place of a readable copy is set aside",
-    "generation": "the number of the newest commit is put in",
-    "old-format": "",  # the first write upgrades it
-    "format": "",
-    "unreadable": "",
-    "unsafe": "",
-}
-"""All kinds of problems, and what ``repair=True`` does about each ("" for nothing)."""
+__all__ = ["Checker", "strays"]
 
 _SUMS = 4096
 _TRIES = 1000
-
-
-class Problem(NamedTuple):
-    """Something that is wrong with a chest.
-
-    Attributes:
-        kind: one of ``KINDS``.
-        key: the key concerned; None where there is none, or where it cannot be told (see the message).
-        path: the file or folder concerned.
-        message: what is wrong, for people.
-        repair: what ``repair=True`` does about it; "" where nothing can be done by a program.
-    """
-
-    kind: str
-    key: Any
-    path: str
-    message: str
-    repair: str
-
-
-class Finding(NamedTuple):
-    """A problem, and the name in the index of the key that it is about."""
-
-    problem: Problem
-    name: bytes = b""
 
 
 class Checker:
@@ -224,10 +181,8 @@ class Checker:
                 yield self._problem("format", message, path=self._data)
 
     def _everything(self) -> Iterator[Finding]:
-        try:
+        with contextlib.suppress(CorruptError):
             self._folds = self._index.meta(b"folds") == b"1"
-        except CorruptError:
-            pass
         yield from self._notes()
         for place, data in self._index.all_pairs(b"changed"):
             if len(data) < 8 or xxh3_64_digest(place + data[:-8]) != data[-8:]:
@@ -412,7 +367,7 @@ class Checker:
                 yield self._problem("orphan", message, name=file.name, typed=file.typed, path=path)
 
     def is_stray(self, file: ValueFile) -> bool:
-        """Whether nothing refers to a value file, nor is anything to be done with it. Only that counts which holds for a while."""
+        """Whether nothing refers to a value file, nor is anything to be done with it, for more than an instant."""
 
         def look(s: Any) -> tuple[int, bytes | None, bool]:
             label = file.label.encode("utf-8", "surrogatepass")

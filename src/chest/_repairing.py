@@ -15,7 +15,8 @@ from typing import Any
 
 from . import _fs
 from ._aside import Aside
-from ._checking import KINDS, Checker, Problem
+from ._checking import Checker
+from ._problems import KINDS, Problem
 from ._rebuilding import Rebuild, set_generation
 from .engines._alone import alone
 from .engines._environments import ENVIRONMENTS
@@ -75,6 +76,7 @@ def _repair(path: str) -> Iterator[Problem]:
         if os.path.isfile(keys) or not os.path.lexists(keys):
             first = list(Checker(path).problems())  # raises where there is nothing
             if os.path.isfile(keys):  # of chest 0.2: nothing to repair it from
+                found.close()
                 return iter([finding.problem for finding in first])
             os.mkdir(keys, 0o700)
         with alone(keys):

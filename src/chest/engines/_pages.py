@@ -36,7 +36,7 @@ _DEEPEST = 32
 _CACHED = 512  # branch pages of a snapshot that are kept
 
 
-class Damage(Exception):  # noqa: N818 - an observation, which only counts if the snapshot still holds
+class Damage(Exception):
     """A page is not what it should be, or not any more."""
 
 
@@ -117,10 +117,8 @@ class Pages:
                 try:
                     low, high, node_flags, key_size = _NODE.unpack_from(page, at)
                     start, length = at + 8 + key_size, low | high << 16
-                    if node_flags & _BIG:
-                        data = self._overflow(size, page, start, length)
-                    else:
-                        data = page[start : start + length]
+                    is_big = node_flags & _BIG
+                    data = self._overflow(size, page, start, length) if is_big else page[start : start + length]
                     found.append((page[at + 8 : start], data))
                 except (Damage, struct.error):
                     continue

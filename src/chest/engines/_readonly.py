@@ -51,9 +51,9 @@ class ReadOnlyIndex(Index):
         try:
             self.version()
         except FileNotFoundError as error:
+            path = os.path.dirname(self._folder)
             raise PathError(
-                f"there is no chest in {os.path.dirname(self._folder)}, and none is made with read_only=True: give the path of one.",
-                path=self._folder,
+                f"there is no chest in {path}, and none is made with read_only=True: give the path of one.", path=path
             ) from error
         except ChestError:
             self.close()
