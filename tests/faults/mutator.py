@@ -22,8 +22,10 @@ import lmdb
 import numpy as np
 import oracle
 
-from chest import Chest
+from chest import Chest, check
 from chest.errors import ChestError
+
+REPAIRED = 1 if os.environ.get("CHEST_TORTURE", "") not in ("", "0") else 5  # each n-th mutation is repaired, too
 
 KEYS: list[Any] = [oracle.key(0, n) for n in range(oracle.N_KEYS)] + ["large", "nested", 0.5, None]
 
@@ -361,6 +363,29 @@ class Bench:
                 chest._end()
         return found
 
+    def repaired(self, target: str) -> Counter[str]:
+        """Check and repair: what is there afterwards must be right, and checking it again find nothing."""
+        found: Counter[str] = Counter()
+        try:
+            problems = list(check(self.work))
+            found["problems"] += len(problems)
+            list(check(self.work, repair=True))
+            left = list(check(self.work))
+            if left:
+                found[f"UNREPAIRED {[(p.kind, p.message) for p in left[:3]]!s:.300}"] += 1
+            with Chest[Any, Any](path=self.work, verify="always") as chest:
+                for key in chest:
+                    # Of an index whose pages are damaged an older one may be all that is left.
+                    older = target == "inside" and same(chest[key], ["the first version", np.arange(9_000)])
+                    if not older and (key not in KEYS or not same(chest[key], value(key))):
+                        found[f"WRONG after repair: {key!r:.60}"] += 1
+                chest["works"] = np.arange(9_000)
+        except ChestError as error:
+            found[f"UNREPAIRED {type(error).__name__}: {error!s:.200}"] += 1
+        except Exception as error:
+            found[f"UNTYPED {type(error).__name__} in repair: {error!s:.200}"] += 1
+        return found
+
 
 def main(template: str, work: str, outside: str, target: str, first: str, last: str) -> None:
     bench = Bench(Path(template), Path(work), Path(outside))
@@ -370,6 +395,10 @@ def main(template: str, work: str, outside: str, target: str, first: str, last: 
         bench.fresh()
         print("start", number, getattr(bench, f"damage_{target}")(rng), flush=True)
         outcomes = bench.outcomes()
+        if number % REPAIRED == 0:
+            bench.fresh()
+            getattr(bench, f"damage_{target}")(random.Random(f"{target}/{number}"))
+            outcomes += bench.repaired(target)
         if look_at(bench.outside) != before:
             outcomes["TOUCHED what lies outside"] += 1
             make_outside(bench.outside)
