@@ -420,7 +420,7 @@ def test_damage_is_found_and_mended(path: Path, damage: Damage) -> None:
         assert len(asides) == 1
         assert len((asides[0] / "log.txt").read_text().splitlines()) >= 2
     assert_holds(path, damage.lost)
-    assert not (rest := list(check(path, repair=True))), describe(rest)
+    assert not (rest := list(check(path, repair=True))), describe(rest)  # nothing is left to be done
     assert list((path / ".keys").glob("aside-*")) == asides
     victim = path.parent / "victim"
     assert not victim.exists() or victim.read_bytes() == b"mine"
@@ -476,7 +476,7 @@ def test_a_damaged_page_costs_what_was_on_it_and_nothing_else(path: Path, scale:
             c["n", n] = [n, "x" * 50]
     n_found = 0
     pages = n_pages(path)
-    for number in range(0, pages, max(1, pages // scale(12, 100))):
+    for number in range(0, pages, max(1, pages // scale(6, 100))):
         work = Path(shutil.copytree(path, path.parent / "work"))
         zero_page(work, number)
         problems = list(check(work))
@@ -538,12 +538,11 @@ def work_kinds(c: Chest[Any, Any]) -> None:
 WORK = [work_large, work_small, work_transactions, work_kinds]
 
 
-@pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"loose": None}, {"loose": 0}, {"serializer": "json"}, {"key_to_filename": lambda k: f"f{hash(str(k))}"}],
-    ids=str,
-)
+SETTINGS: list[dict[str, Any]] = [{"loose": 0}, {"serializer": "json"}, {"key_to_filename": lambda key: f"f{hash(str(key))}"}]
+HEALTHY = [(work, settings) for settings in ({}, {"loose": None}) for work in WORK] + [(work_large, s) for s in SETTINGS]
+
+
+@pytest.mark.parametrize(("work", "settings"), HEALTHY, ids=lambda part: getattr(part, "__name__", str(part)[:20]))
 def test_a_healthy_chest_has_no_problem(
     tmp_path: Path, work: Callable[[Chest[Any, Any]], None], settings: dict[str, Any]
 ) -> None:
@@ -667,7 +666,7 @@ def _other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_what_is_only_under_way_is_not_reported(
     tmp_path: Path, other: subprocess.Popen[str], scale: Callable[[int, int], int]
 ) -> None:
-    for _ in range(scale(8, 100)):
+    for _ in range(scale(5, 100)):
         assert not (found := list(check(tmp_path / "c"))), describe(found)
     assert other.poll() is None
     with Chest[Any, Any](path=tmp_path / "c", read_only=True) as c:
@@ -715,7 +714,7 @@ def test_whoever_opens_a_chest_that_is_being_repaired_waits(path: Path) -> None:
 @pytest.mark.torture
 def test_a_writer_that_is_killed_leaves_no_problem(tmp_path: Path, scale: Callable[[int, int], int]) -> None:
     rng = random.Random(5)
-    for _ in range(scale(12, 200)):
+    for _ in range(scale(6, 200)):
         with subprocess.Popen(
             [sys.executable, "-c", OTHER, str(tmp_path / "c")], env=environment(), stdout=subprocess.PIPE, text=True
         ) as process:
@@ -740,7 +739,7 @@ def test_a_repair_that_is_killed_loses_nothing_and_the_next_one_ends_it(path: Pa
         "        n -= 1\n        if n == 0: os.kill(os.getpid(), 9)\n"
         "from chest import check\nsys.addaudithook(hook)\nlist(check(sys.argv[1], repair=True))\nn = 0\nprint('end')\n"
     )
-    n = step = scale(9, 1)
+    n = step = scale(17, 1)
     for _ in range(1000):
         work = Path(shutil.copytree(path, path.parent / "work", symlinks=True))
         done = subprocess.run(

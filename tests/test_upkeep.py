@@ -261,7 +261,7 @@ def test_a_compaction_that_is_killed_leaves_a_whole_chest(tmp_path: Path, scale:
         assert not [p for p in (tmp_path / "c" / ".keys" / "new").iterdir() if not p.name.startswith("owner-")]
         if done.returncode == 0:
             break
-        n += scale(5, 1)
+        n += scale(9, 1)
     assert n > 15
 
 
@@ -414,7 +414,7 @@ def test_a_backup_beside_a_writer_is_of_one_instant(
 ) -> None:
     seen = []
     with Chest[Any, Any](path=tmp_path / "c") as c:
-        for number in range(scale(10, 100)):
+        for number in range(scale(5, 100)):
             c.backup(tmp_path / f"b{number}")
             assert not list(check(tmp_path / f"b{number}"))
             with Chest[Any, Any](path=tmp_path / f"b{number}", verify="always") as b:
@@ -468,7 +468,7 @@ def test_a_backup_that_is_killed_is_not_there_and_leaves_nothing_behind(
                 shutil.rmtree(tmp_path / "b")
         else:
             break
-        n += scale(4, 1)
+        n += scale(7, 1)
     assert n > 10
     with Chest[Any, Any](path=tmp_path / "b") as b:
         assert_holds(b, values)
