@@ -46,7 +46,6 @@ __all__ = [
     "ReadOnlyError",
     "SerializeError",
     "SerializerMismatchError",
-    "UnsafePathWarning",
     "WriteError",
     "short",
 ]
