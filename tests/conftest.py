@@ -89,6 +89,9 @@ def _chest(request: pytest.FixtureRequest, tmp_path: Path, place: Path) -> Itera
     with Chest[Any, Any](path=tmp_path / "c" if request.param == "path" else None) as chest:
         chest["small"], chest["large"] = [1], np.arange(20_000)
         yield chest
+        if not chest._closed:
+            problems = list(chest.check())
+            assert not problems, problems
 
 
 _FAILED = pytest.StashKey[bool]()

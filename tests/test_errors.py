@@ -21,7 +21,7 @@ import lmdb
 import numpy as np
 import pytest
 
-from chest import Chest, _fs, errors
+from chest import Chest, _fs, check, errors
 from chest.errors import (
     ChestError,
     ClosedError,
@@ -29,11 +29,13 @@ from chest.errors import (
     DiskFullError,
     FailedError,
     FormatError,
+    InUseError,
     KeyTypeError,
     LoadError,
     MissingExtraError,
     NetworkPathError,
     PathError,
+    ReadOnlyError,
     SerializeError,
     SerializerMismatchError,
     TamperedError,
@@ -48,7 +50,7 @@ LARGE = np.arange(20_000)
 # What a message ends in: something that the reader can do.
 ADVICE = re.compile(
     r"open it again|open it with|make room|make it|make what|choose|chmod|use |give |install|delete|change|put it back|"
-    r"backup|move it|run check|network=True|create",
+    r"backup|move it|close it|run check|network=True|create",
     re.IGNORECASE,
 )
 
@@ -87,6 +89,8 @@ def test_errors_are_what_the_protocols_of_python_promise() -> None:
         CorruptError: LoadError,
         TamperedError: CorruptError,
         WrongKeyError: ValueError,
+        ReadOnlyError: TypeError,
+        InUseError: OSError,
     }
     for kind, base in promised.items():
         assert issubclass(kind, base)
@@ -239,6 +243,21 @@ def serializer_of_ones_own_forgotten(path: Path) -> None:
     Chest(path=path)
 
 
+def written_to_though_read_only(path: Path) -> None:
+    Chest({"a": 1}, path=path).close()
+    with Chest(path=path, read_only=True) as chest:
+        chest["a"] = 2
+
+
+def no_chest_to_read(path: Path) -> None:
+    Chest(path=path, read_only=True)
+
+
+def repaired_while_open(path: Path) -> None:
+    with Chest(path=path):
+        check(path, repair=True)
+
+
 def newer_format(path: Path) -> None:
     with Chest(path=path) as chest:
         chest._store.index.commit(meta={b"format": b"99"})
@@ -293,6 +312,9 @@ PROVOKED: dict[Callable[[Path], None], tuple[type[ChestError], tuple[str, ...]]]
     keys_file_of_something_else: (CorruptError, ("{path}", ".keys")),
     other_serializer: (SerializerMismatchError, ("{path}", "json", "pickle")),
     serializer_of_ones_own_forgotten: (SerializerMismatchError, ("{path}", "_dump")),
+    written_to_though_read_only: (ReadOnlyError, ("{path}",)),
+    no_chest_to_read: (PathError, ("{path}",)),
+    repaired_while_open: (InUseError, ("{path}",)),
     newer_format: (FormatError, ("{path}", "99")),
     signed_file_changed: (TamperedError, ("'large'", "{path}")),
     another_key: (WrongKeyError, ("{path}",)),

@@ -129,6 +129,9 @@ USES: dict[str, Callable[[Chest[Any, Any]], Any]] = {
     "edit": lambda c: c.edit("a").__enter__(),
     "wait": lambda c: c.wait("a", timeout=0),
     "changes": lambda c: c.changes(),
+    "check": lambda c: c.check(),
+    "compact": lambda c: c.compact(),
+    "backup": lambda c: c.backup("/tmp/never made by a test"),
 }
 
 
@@ -150,7 +153,7 @@ def test_every_public_method_is_tried_after_close() -> None:
     tried = {
         *("get", "pop", "popitem", "setdefault", "clear", "update", "copy", "keys", "values", "items", "flush", "sync"),
         *("shrink", "move_to_disk", "get_from_disk", "prefetch", "write_keys", "key_to_filename", "stats", "drop"),
-        *("transaction", "edit", "wait", "changes"),
+        *("transaction", "edit", "wait", "changes", "check", "compact", "backup"),
     }
     public = {name for name in dir(Chest) if not name.startswith("_") and callable(getattr(Chest, name))}
     assert public - tried == {"close", "fromkeys"}

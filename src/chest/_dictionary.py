@@ -235,6 +235,8 @@ class Dictionary(Keeper, MutableMapping[K, V], Generic[K, V]):
     def _donor(self, other: Dictionary[Any, Any]) -> Dictionary[Any, Any] | None:
         """The keeper whose records can be taken as they are, all of it written; None if they cannot."""
         mine, theirs = self._store, other._store
+        if theirs.read_only:  # what was changed in its memory could not be written first
+            return None
         if not (mine.plain and theirs.plain):
             return None
         if (mine.codec.name, mine.codec.text) != (theirs.codec.name, theirs.codec.text):

@@ -42,6 +42,7 @@ __all__ = [
     "fsync_folder",
     "owners",
     "refuse_network",
+    "who_else_writes",
     "write_all",
 ]
 
@@ -204,6 +205,27 @@ def _is_one(folder: str, name: str) -> bool:
         return False
     # Two names of one file (hard links) are two entries; a folded name is one.
     return os.path.samestat(a, b) and name != other and other not in os.listdir(folder)
+
+
+def who_else_writes(path: str) -> str:
+    """What lets other users write to a folder, in words; "" if nothing does, as far as can be told. Root does not count.
+
+    A group with the number of the owner is taken for the owner's own.
+    """
+    if not hasattr(os, "geteuid"):
+        return ""
+    for folder in (path, os.path.join(path, ".keys")):
+        try:
+            found = os.lstat(folder)
+        except OSError:
+            continue
+        if found.st_uid not in (0, os.geteuid()):
+            return f"{folder} belongs to another user ({found.st_uid})"
+        if found.st_mode & stat.S_IWOTH and not stat.S_ISLNK(found.st_mode):
+            return f"every user can write to {folder}"
+        if found.st_mode & stat.S_IWGRP and found.st_gid != found.st_uid and not stat.S_ISLNK(found.st_mode):
+            return f"the group {found.st_gid} can write to {folder}"
+    return ""
 
 
 # --- owners

@@ -15,8 +15,9 @@ from ._sealing import Seal, check_arguments, checked
 from ._store import Store
 from .abc import Index
 from .engines._files import FileBlobs
-from .engines._legacy import LegacyIndex, finish_upgrade, read_pairs
+from .engines._legacy import NEW, OLD, LegacyIndex, finish_upgrade, read_pairs
 from .engines._lmdb import LmdbIndex
+from .engines._readonly import ReadOnlyIndex
 from .errors import ChestError, FormatError, PathError, SerializerMismatchError, WrongKeyError
 from .serializers import NAMES, Codec, resolve
 
@@ -42,6 +43,7 @@ def open_folder(
     key: Any = None,
     encrypt: Any = False,
     compression: Any = None,
+    read_only: bool = False,
 ) -> Store:
     """The store in a folder, which is created if there is none.
 
@@ -56,6 +58,8 @@ def open_folder(
     ask, cipher = check_arguments(key, encrypt)
     secret = None if ask is None else checked(ask())
     method = _compression.parse(compression)
+    if read_only:
+        return _open_to_read(path, codec, label, opener, loose, verify, allow, secret, cipher)
     _make_folder(path)
     if not network:
         _fs.refuse_network(path)
@@ -67,22 +71,8 @@ def open_folder(
 
     index: Index
     if os.path.isfile(keys):
-        if secret is not None:  # before anything is unpickled
-            raise WrongKeyError(f"{path} is a folder of chest 0.2, which has no key: open it without, and copy it.", path=path)
-        given = codec is not None
-        if codec is not None and codec.name == "safe":
-            raise SerializerMismatchError(
-                f"the chest at {path} was written by chest 0.2, with pickle or a serializer of its own, not with safe: open it "
-                "without serializer= if you trust it, and copy what it holds.",
-                path=path,
-            )
-        pickles = resolve("pickle", None, None, "b", allow)
-        assert pickles is not None
-        load = codec.load if codec and codec.files is None else None
-        pairs, name = read_pairs(keys, opener, load, bool(codec and codec.text), pickles.loads)
-        codec = codec if given else resolve(name, None, None, "b", allow)
-        assert codec is not None
-        index = LegacyIndex(path, pairs, lambda f: Ref(0, 0, "0", f).pack(), BLOB, create, _settings(path, codec))
+        folds = b"1" if _fs.folds_case(path) else b"0"
+        index, codec = _legacy(path, keys, codec, opener, folds, create, allow, secret)
     else:
         index = create(keys)
     blobs = None
@@ -121,6 +111,84 @@ def open_folder(
             ) from error
         raise
     return store
+
+
+def _open_to_read(
+    path: str,
+    codec: Codec | None,
+    label: Callable[[Any], str] | None,
+    opener: Callable[..., Any] | None,
+    loose: int | None,
+    verify: bool,
+    allow: Iterable[str] | None,
+    secret: bytes | None,
+    cipher: str | None,
+) -> Store:
+    """As ``open_folder``, for a folder in which nothing may change: what a crash has left stays, and is read past.
+
+    A value file that has not got its own name yet is found under the other one; what a commit has left to be removed, nothing
+    refers to.
+    """
+    keys = os.path.join(path, ".keys")
+    if os.path.isdir(os.path.join(path, NEW)) and os.path.isfile(os.path.join(path, OLD)) and not os.path.lexists(keys):
+        keys = os.path.join(path, NEW)  # an upgrade of a chest 0.2 that was interrupted when the index was whole
+    index: Index
+    if os.path.isfile(keys):
+        index, codec = _legacy(path, keys, codec, opener, b"0", ReadOnlyIndex, allow, secret)
+    else:
+        index = ReadOnlyIndex(keys)
+    try:
+        if index.meta(b"format") is None:
+            raise PathError(f"there is no chest at {path} yet: it has never been written to.", path=path)
+        seal = _unlocked(index, path, secret, cipher)
+        if seal is not None:
+            index = SealedIndex(index, seal)
+        codec = _remembered(index, path, codec, allow)
+        blobs = FileBlobs(path, opener=opener, mode="t" if codec.text and opener else "b")
+        return Store(
+            path,
+            index,
+            blobs,
+            codec,
+            label=label,
+            opener=opener,
+            loose=loose,
+            verify=verify,
+            envelope=None if seal is None else Envelope(None, seal),
+            read_only=True,
+        )
+    except BaseException:
+        index.close()
+        raise
+
+
+def _legacy(
+    path: str,
+    keys: str,
+    codec: Codec | None,
+    opener: Callable[..., Any] | None,
+    folds: bytes,
+    create: Callable[[str], Index],
+    allow: Iterable[str] | None,
+    secret: bytes | None,
+) -> tuple[LegacyIndex, Codec]:
+    """The index of a folder of chest 0.2, and the serializer that reads it."""
+    if secret is not None:  # before anything is unpickled
+        raise WrongKeyError(f"{path} is a folder of chest 0.2, which has no key: open it without, and copy it.", path=path)
+    if codec is not None and codec.name == "safe":
+        raise SerializerMismatchError(
+            f"the chest at {path} was written by chest 0.2, with pickle or a serializer of its own, not with safe: open it "
+            "without serializer= if you trust it, and copy what it holds.",
+            path=path,
+        )
+    pickles = resolve("pickle", None, None, "b", allow)
+    assert pickles is not None
+    load = codec.load if codec and codec.files is None else None
+    pairs, name = read_pairs(keys, opener, load, bool(codec and codec.text), pickles.loads)
+    codec = codec or resolve(name, None, None, "b", allow)
+    assert codec is not None
+    settings = {b"format": str(FORMAT).encode(), b"serializer": codec.name.encode(), b"folds": folds}
+    return LegacyIndex(path, pairs, lambda f: Ref(0, 0, "0", f).pack(), BLOB, create, settings), codec
 
 
 def _make_folder(path: str) -> None:
@@ -164,7 +232,7 @@ def _unlocked(index: Index, path: str, secret: bytes | None, cipher: str | None)
     """The seal of a chest, None if it has none. Nothing that stands in the index is believed before."""
     settings = {name: index.meta(name) for name in _SEALED}
     setting = index.meta(_SEAL)
-    if setting is None and secret is not None:
+    if setting is None and secret is not None and not isinstance(index, ReadOnlyIndex):
         with index.transaction() as alone:  # an empty one can still be sealed
             setting = alone.meta(_SEAL)
             if setting is None and not len(alone) and not alone.notes():

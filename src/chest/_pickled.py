@@ -32,10 +32,10 @@ from pickle import PickleBuffer
 from typing import Any
 
 from ._reducers import table
-from ._valuefile import ALIGN, CHECKED, MARKS, Layout, Payload, Sink, Writable, bytes_of, read_footer, take_apart
+from ._valuefile import ALIGN, CHECKED, MARKS, Layout, Payload, Sink, Writable, bytes_of, take_apart
 from .errors import ChestError, CorruptError, LoadError, short
 
-__all__ = ["CHECKED", "Layout", "Payload", "Pickler", "dump", "dumps", "load", "probe", "read_footer"]
+__all__ = ["CHECKED", "Layout", "Payload", "Pickler", "dump", "dumps", "load", "probe"]
 
 _JOINED = 1 << 20  # streams up to this size are put together in memory before they are read
 _PROTO = b"\x80\x05"

@@ -76,6 +76,7 @@ class Portable(Sharing[K, V]):
             key=given["key"],
             encrypt=given["encrypt"],
             compression=given["compression"],
+            read_only=given["read_only"],
         )
 
     def _begun(self) -> None:

@@ -39,6 +39,7 @@ class Reader:
         verify: bool = False,
         folds: bool = False,
         envelope: Envelope | None = None,
+        read_only: bool = False,
     ) -> None:
         self.path = path
         self.index = index
@@ -52,6 +53,7 @@ class Reader:
         self._verify = verify
         self._folds = folds
         self._envelope = envelope
+        self.read_only = read_only
         self._opaque: dict[Any, bytes] | None = None
         self._opaque_names: set[bytes] = set()
         self._opaque_version = -1

@@ -26,6 +26,7 @@ __all__ = [
     "Written",
     "key_note",
     "pack_note",
+    "unpack_key_note",
     "unpack_note",
 ]  # fmt: skip
 
@@ -151,3 +152,11 @@ def unpack_note(note: bytes) -> tuple[bytes, str, str]:
 def key_note(name: bytes, typed: bytes) -> bytes:
     """What a value file says of its key, so that a lost index can be rebuilt."""
     return struct.pack("<H", len(name)) + name + typed
+
+
+def unpack_key_note(note: bytes) -> tuple[bytes, bytes] | None:
+    """The name and the typed key that a value file tells; None if it tells none."""
+    if len(note) < 3:
+        return None
+    end = 2 + note[0] + (note[1] << 8)
+    return (note[2:end], note[end:]) if 2 < end <= len(note) else None

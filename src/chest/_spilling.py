@@ -12,6 +12,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 from . import _changes
@@ -19,7 +20,7 @@ from ._hot import Entry, MemoryTier, State, settle_rows
 from ._records import COMMIT_BYTES, SMALL, Baseline, Written
 from ._sizing import nbytes
 from ._store import Store
-from .errors import ChestError, ClosedError, FailedError, SerializeError, WriteError, short
+from .errors import ChestError, ClosedError, FailedError, ReadOnlyError, SerializeError, WriteError, short
 
 __all__ = ["Spiller"]
 
@@ -59,7 +60,11 @@ class Spiller(State):
         self._owner = 0  # the thread that a keeper inside of a transaction belongs to
         self._n_commits = 0  # of this chest's own
         self._closed = False
-        self._failed: FailedError | None = None
+        self._failed: FailedError | ReadOnlyError | None = None  # why nothing is written (any more)
+        if store.read_only:
+            self._failed = ReadOnlyError(
+                f"the chest at {store.path} was opened with read_only=True: open it without to write to it", path=store.path
+            )
         self._untold = False  # nobody has heard of that yet
         self._hits = self._misses = self._spills = self._writes = 0
         self._on_miss: Callable[[Any], Any] | None = None
@@ -78,7 +83,15 @@ class Spiller(State):
         self._usable()
         if self._failed is not None:
             self._untold = False
-            raise FailedError(self._failed.message, path=self._failed.path) from self._failed
+            raise self._why_not() from self._failed
+
+    def _why_not(self) -> ChestError:
+        """The error for a chest that is not written to."""
+        failed = self._failed
+        assert failed is not None
+        keys = ", ".join(short(key, 40) for key in islice(self._dirty, 10)) if self._store.read_only else ""
+        changed = f". Changed in memory, and not on disk: {keys}{', ...' if len(self._dirty) > 10 else ''}" if keys else ""
+        return type(failed)(failed.message + changed, key=next(iter(self._dirty)) if keys else None, path=failed.path)
 
     def _look(self) -> None:
         """Take note of what others have committed."""
@@ -278,7 +291,7 @@ class Spiller(State):
     def _write(self, entries: Iterable[Entry], failed: dict[Any, ChestError] | None = None) -> ChestError | None:
         """Write entries and all deletions. The error, if nothing more can be written; ``failed`` takes what was refused."""
         if self._failed is not None:
-            return self._failed
+            return self._why_not() if self._store.read_only else self._failed
         unwritten = list(entries)
         tombs = self._tombs
         written = self._store.write(unwritten, [(key, name) for key, name in tombs.items()])
@@ -341,7 +354,7 @@ class Spiller(State):
 
     def _sync(self) -> None:
         """Write everything. Raises what could not be written; all else is written all the same."""
-        self._writable()
+        self._writable() if not self._store.read_only else self._usable()
         for entry in list(self._lent.values()):
             if self._find_change(entry):
                 self._forget(entry)

@@ -13,6 +13,7 @@ They find damage, not malice.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from mmap import mmap
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +21,20 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 
 from .errors import CorruptError
 
-__all__ = ["ALIGN", "CHECKED", "MARKS", "Layout", "Parts", "Payload", "Sink", "Writable", "read_footer", "take_apart"]
+__all__ = [
+    "ALIGN",
+    "CHECKED",
+    "MARKS",
+    "Layout",
+    "Parts",
+    "Payload",
+    "Sink",
+    "Writable",
+    "footer_of",
+    "read_footer",
+    "take_apart",
+    "verify_file",
+]
 
 CHECKED = 1 << 20  # payloads up to this size are verified on every load
 ALIGN = 64
@@ -162,25 +176,55 @@ def read_footer(data: memoryview | mmap | bytes) -> Layout | None:
         CorruptError: the footer is damaged, or has gone.
     """
     view = bytes_of(data)
-    size = len(view)
-    if size < _TRAILER.size or view[-8:] != _MAGIC:
-        if bytes(view[:10]).startswith(MARKS):
+    return footer_of(len(view), view.__getitem__)
+
+
+def footer_of(size: int, part: Callable[[slice], bytes | memoryview]) -> Layout | None:
+    """As ``read_footer``, for a file of which parts can be had."""
+    if size < _TRAILER.size or part(slice(size - 8, size)) != _MAGIC:
+        if bytes(part(slice(0, min(10, size)))).startswith(MARKS):
             raise CorruptError("the footer is missing: the file was cut short or its end is damaged")
         return None
-    stream, end, n_payloads, n_note, digest, _ = _TRAILER.unpack(view[-_TRAILER.size :])
+    stream, end, n_payloads, n_note, digest, _ = _TRAILER.unpack(part(slice(size - _TRAILER.size, size)))
     table_end = end + n_payloads * _ENTRY.size
     if table_end + n_note + _TRAILER.size != size:
         raise CorruptError(f"the file has {size} bytes, which is not what its footer says")
-    if xxh3_64_intdigest(view[end : size - _SEALED]) != digest:
+    footer = part(slice(end, size))
+    if xxh3_64_intdigest(footer[:-_SEALED]) != digest:
         raise CorruptError("the footer fails its checksum")
     payloads = []
     free = 0
-    for offset, length, checksum, header, read_only in _ENTRY.iter_unpack(view[end:table_end]):
+    for offset, length, checksum, header, read_only in _ENTRY.iter_unpack(footer[: table_end - end]):
         if read_only > 1 or offset - header < free or offset + length > end:
             raise CorruptError("the footer describes buffers that cannot be")
         free = offset + length
         payloads.append(Payload(offset, length, read_only == 1, header, checksum))
-    return Layout(size, stream, tuple(payloads), digest, bytes(view[table_end : table_end + n_note]))
+    return Layout(size, stream, tuple(payloads), digest, bytes(footer[table_end - end : table_end - end + n_note]))
+
+
+def verify_file(layout: Layout, part: Callable[[slice], bytes | memoryview]) -> None:
+    """All that stands before the footer is as it was written. Reads it from its beginning to its end, in pieces.
+
+    Raises:
+        CorruptError: it is not.
+    """
+    stream = xxh3_64()
+    start = 0
+    for payload in layout.payloads:
+        _hash_part(stream, part, start, payload.offset)
+        start = payload.offset + payload.length
+        buffer = xxh3_64()
+        _hash_part(buffer, part, payload.offset, start)
+        if buffer.intdigest() != payload.checksum:
+            raise CorruptError(f"the buffer of {payload.length} bytes at {payload.offset} fails its checksum")
+    _hash_part(stream, part, start, layout.size - _TRAILER.size - len(layout.note) - len(layout.payloads) * _ENTRY.size)
+    if stream.intdigest() != layout.stream:
+        raise CorruptError("the stream fails its checksum")
+
+
+def _hash_part(hasher: xxh3_64, part: Callable[[slice], bytes | memoryview], start: int, end: int) -> None:
+    for at in range(start, end, _CHUNK):
+        hasher.update(part(slice(at, min(end, at + _CHUNK))))
 
 
 def take_apart(

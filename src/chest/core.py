@@ -13,14 +13,15 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import MappingProxyType, TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from . import _compression, _fs, _lifetime, _scratch
 from ._keys import key_to_filename
-from ._processes import Portable, refuse_gone
+from ._processes import refuse_gone
 from ._sealing import check_arguments
 from ._sizing import nbytes, parse_memory
-from .errors import ChestError
+from ._upkeep import Stats, Upkeep
+from .errors import ChestError, ReadOnlyError, UnsafePathWarning
 from .serializers import resolve
 
 __all__ = ["Chest", "Stats", "key_to_filename", "nbytes"]
@@ -28,18 +29,7 @@ __all__ = ["Chest", "Stats", "key_to_filename", "nbytes"]
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
-
-class Stats(NamedTuple):
-    """Counts since the chest was opened, and sizes now, in bytes."""
-
-    keys: int
-    in_memory: int
-    memory_bytes: int
-    disk_bytes: int
-    hits: int
-    misses: int
-    spills: int
-    writes: int
+_OF_FOLDER = ("write_through", "network", "read_only", "trusted")  # settings that are not about values
 
 
 @contextmanager
@@ -48,7 +38,7 @@ def _open_many(filenames: Iterable[str], mode: str = "rb") -> Iterator[list[Any]
         yield [stack.enter_context(builtins.open(name, mode)) for name in filenames]
 
 
-class Chest(Portable[K, V]):
+class Chest(Upkeep[K, V]):
     """A dictionary that keeps what fits in memory and the rest in a folder, and finds everything again next time.
 
     All of ``dict``'s interface holds: insertion order, any hashable key, values changed in place. Any number of threads may
@@ -88,6 +78,11 @@ class Chest(Portable[K, V]):
         key: 32 random bytes, or a function that returns them (called once for each opening): all that is read is
             authenticated first, and large values are read whole for that. The key is nowhere in the chest.
         encrypt: True, ``"aes-gcm"`` or ``"chacha20-poly1305"``: nothing can be read without the key, names of keys neither.
+        read_only: nothing in the folder changes, whatever happens; it may lie on a medium that cannot be written, or belong
+            to somebody else. Writing is a ``ReadOnlyError``. Values may be changed in memory: ``sync``, ``flush`` and ``close``
+            (which lets go of the folder all the same) raise then, and until then such values stay in memory.
+        trusted: do not warn (``UnsafePathWarning``) where other users can write to the folder: whoever can may run code in the
+            name of those who read it, since that is what a pickle allows.
 
     Raises:
         PathError, NetworkPathError, SerializerMismatchError, FormatError, CorruptError: the folder cannot be used.
@@ -119,6 +114,8 @@ class Chest(Portable[K, V]):
         key: bytes | Callable[[], bytes] | None = None,
         encrypt: bool | str = False,
         compression: str | tuple[str, int] | None = None,
+        read_only: bool = False,
+        trusted: bool = False,
     ) -> None:
         limit = parse_memory(available_memory)
         allow = allow if allow is None or isinstance(allow, str) else list(allow)
@@ -127,6 +124,8 @@ class Chest(Portable[K, V]):
             raise ValueError(f"verify is {verify!r}: choose 'auto' or 'always'")
         if loose is not None and (type(loose) is not int or loose < 0):
             raise ValueError(f"loose is {loose!r}: give a number of keys, or None for a file for every value")
+        if read_only and (path is None or data is not None or write_through):
+            raise ValueError("read_only goes with the path of a chest, and with neither data nor write_through")
         if open is builtins.open:
             open = None
         secret, _ = check_arguments(key, encrypt)
@@ -162,14 +161,19 @@ class Chest(Portable[K, V]):
             "key": secret,
             "encrypt": encrypt,
             "compression": compression,
+            "read_only": read_only,
+            "trusted": trusted,
         }
         try:
-            store = self._open_store(codec)
+            with ExitStack() as opened:
+                store = self._open_store(codec)
+                opened.callback(store.close)
+                super().__init__(store, limit)
+                opened.pop_all()
         except BaseException:
             if self._scratch:
                 _scratch.remove_scratch(self.path)
             raise
-        super().__init__(store, limit)
         self._write_through = write_through
         self._plain = on_miss is None
         self._on_miss = on_miss
@@ -178,6 +182,14 @@ class Chest(Portable[K, V]):
         self.open_many: Callable[..., AbstractContextManager[list[Any]]] = open_many or _open_many
         self.mode = mode
         self._begun()
+        others = "" if trusted or self._scratch else _fs.who_else_writes(self.path)
+        if others:
+            warnings.warn(
+                f"{others}: whoever can write there can run code in the name of those who read the chest. Take that right away "
+                "from others (chmod go-w), or pass trusted=True if they may.",
+                UnsafePathWarning,
+                stacklevel=2,
+            )
         if data is not None:
             self.update(data)
 
@@ -185,7 +197,7 @@ class Chest(Portable[K, V]):
         return not self._scratch or self._shared
 
     def _twin(self) -> Chest[K, V]:
-        given = {name: setting for name, setting in self._given.items() if name not in ("write_through", "network")}
+        given = {name: setting for name, setting in self._given.items() if name not in _OF_FOLDER}
         if (given["serializer"], given["dump"], given["load"]) == (None, None, None):
             given["serializer"] = self._store.codec.name  # what the folder remembered
         return type(self)(available_memory=self.available_memory, **given)
@@ -265,13 +277,13 @@ class Chest(Portable[K, V]):
     def shrink(self) -> None:
         """Let values leave memory until what remains fits into ``available_memory``."""
         with self.lock:
-            self._writable()
+            self._writable() if not self._store.read_only else self._usable()
             self._raise(self._shrink())
 
     def move_to_disk(self, key: K) -> None:
         """Let one value leave memory. Raises KeyError if it is not in memory, or why it could not be written."""
         with self.lock:
-            self._writable()
+            self._writable() if not self._store.read_only else self._usable()
             self._no_transaction("move_to_disk")
             entry = self._entries[key]
             self._tier.retry()
@@ -323,35 +335,6 @@ class Chest(Portable[K, V]):
         """As ``sync``: keys and values are written together."""
         self.sync()
 
-    def stats(self) -> Stats:
-        """Counts and sizes. Costs a walk through the folder."""
-        with self.lock:
-            return Stats(
-                len(self),
-                len(self._entries),
-                self.memory_usage,
-                _fs.folder_bytes(self.path),
-                self._hits,
-                self._misses,
-                self._spills,
-                self._writes,
-            )
-
-    def __str__(self) -> str:
-        return f"<{type(self).__name__} at {self.path}>"
-
-    def __repr__(self) -> str:
-        if self._closed and not self._forked:
-            return f"<{type(self).__name__} at {self.path}: closed>"
-        try:
-            s = self.stats()
-        except ChestError as error:
-            return f"<{type(self).__name__} at {self.path}: {error}>"
-        keys = f"{s.keys:,} key{'' if s.keys == 1 else 's'}"
-        return (
-            f"<{type(self).__name__} at {self.path}: {keys}, {_size(s.memory_bytes)} in memory, {_size(s.disk_bytes)} on disk>"
-        )
-
     # --- lifetime
 
     def close(self) -> None:
@@ -365,8 +348,12 @@ class Chest(Portable[K, V]):
                 return
             self._no_transaction("close")
             lasts = not self._scratch or (self._shared and _scratch.is_shared(self.path))
-            if lasts and (self._failed is None or self._untold):
-                self.sync()
+            try:
+                if lasts and (self._failed is None or self._untold or self._store.read_only):
+                    self.sync()
+            except ReadOnlyError:  # it cannot be written later either
+                self._end()
+                raise
             self._end()
         if self._scratch:
             _scratch.remove_scratch(self.path)
@@ -385,6 +372,8 @@ class Chest(Portable[K, V]):
         """Remove the chest from the disk for good, and close it. Files that are not its own stay."""
         with self.lock:
             self._usable()
+            if self._store.read_only:
+                self._writable()
             self._no_transaction("drop")
             if not self._scratch:
                 for label in self._store.labels():
@@ -433,11 +422,3 @@ def _opened_again(cls: type[Chest[Any, Any]], path: str, scratch: bool, settings
     Chest.__init__(chest, path=_scratch.Shared(path) if scratch else path, **settings)
     chest._shared = True
     return chest
-
-
-def _size(n: float) -> str:
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "bytes" or n >= 100 else f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"

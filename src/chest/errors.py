@@ -15,8 +15,12 @@
     ├── SerializerMismatchError (ValueError)  the chest was written with another serializer
     ├── PathError (OSError)            the path cannot hold a chest
     │   └── NetworkPathError           ... because it lies on a network file system
+    ├── ReadOnlyError (TypeError)      the chest was opened with read_only=True
+    ├── InUseError (OSError)           somebody else has the chest open, and what was asked for needs it alone
     ├── FormatError                    written by a newer chest
     └── MissingExtraError (ImportError)
+
+    UnsafePathWarning (UserWarning)    others can write to the folder, and so run code in the name of whoever reads it
 
 A missing key is a plain ``KeyError`` and an unhashable one a plain ``TypeError``, as in ``dict``. Nothing here derives
 from ``KeyError``: ``Mapping.get`` would answer damage with its default. ``.key`` and ``.path`` are for programs, the
@@ -36,12 +40,14 @@ __all__ = [
     "DiskFullError",
     "FailedError",
     "FormatError",
+    "InUseError",
     "KeyTypeError",
     "LoadError",
     "MissingExtraError",
     "NetworkPathError",
     "NotAllowedError",
     "PathError",
+    "ReadOnlyError",
     "SerializeError",
     "SerializerMismatchError",
     "TamperedError",
@@ -148,6 +154,18 @@ class PathError(ChestError, OSError):
 
 class NetworkPathError(PathError):
     """The path is on a network file system, where the index would be damaged sooner or later."""
+
+
+class ReadOnlyError(ChestError, TypeError):
+    """The chest was opened with ``read_only=True``: nothing is written. Values that were changed stay as they are in memory."""
+
+
+class InUseError(ChestError, OSError):
+    """Somebody else has the chest open, and what was asked for needs it alone: close it there and try again."""
+
+
+class UnsafePathWarning(UserWarning):
+    """Others can write to a chest's folder. A pickle runs what its author likes: they could act in the reader's name."""
 
 
 class FormatError(ChestError):

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import stat
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -22,8 +23,10 @@ import lmdb
 import numpy as np
 import oracle
 
-from chest import Chest
+from chest import Chest, check
 from chest.errors import ChestError
+
+REPAIRED = 1 if os.environ.get("CHEST_TORTURE", "") not in ("", "0") else 5  # each n-th mutation is repaired, too
 
 KEYS: list[Any] = [oracle.key(0, n) for n in range(oracle.N_KEYS)] + ["large", "nested", 0.5, None]
 
@@ -136,6 +139,12 @@ def to_fifo(file: Path, _: random.Random) -> str:
     return "replaced by a FIFO"
 
 
+def to_socket(file: Path, _: random.Random) -> str:
+    _clear(file)
+    os.mknod(file, 0o600 | stat.S_IFSOCK)
+    return "replaced by a socket"
+
+
 def to_folder(file: Path, _: random.Random) -> str:
     _clear(file)
     file.mkdir()
@@ -234,7 +243,7 @@ class Bench:
         file = rng.choice(self.value_files())
         kinds: list[Callable[[Path, random.Random], str]] = [
             *[truncate, flip, flip, flip, zero, scramble] * 2,
-            *(extend, remove, to_fifo, to_folder, to_device, to_empty_file),
+            *(extend, remove, to_fifo, to_socket, to_folder, to_device, to_empty_file),
             *(
                 self.to_link_outside,
                 self.to_looping_link,
@@ -248,7 +257,7 @@ class Bench:
     def damage_folder(self, rng: random.Random) -> str:
         """What lies around the index, and the index file as a whole."""
         kinds: list[Callable[[Path, random.Random], str]]
-        kinds = [remove, to_fifo, to_folder, to_empty_file, self.to_link_outside, self.to_looping_link]
+        kinds = [remove, to_fifo, to_socket, to_folder, to_empty_file, self.to_link_outside, self.to_looping_link]
         name = rng.choice(["data.mdb", "data.mdb", "lock.mdb", "generation", "new", ""])
         name = f".keys/{name}".rstrip("/")
         file = self.work / name
@@ -361,6 +370,31 @@ class Bench:
                 chest._end()
         return found
 
+    def repaired(self, target: str) -> Counter[str]:
+        """Check and repair: what is there afterwards must be right, and checking it again find nothing."""
+        found: Counter[str] = Counter()
+        try:
+            problems = list(check(self.work))
+            found["problems"] += len(problems)
+            list(check(self.work, repair=True))
+            left = list(check(self.work))
+            if left:
+                found[f"UNREPAIRED {[(p.kind, p.message) for p in left[:3]]!s:.300}"] += 1
+            with Chest[Any, Any](path=self.work, verify="always") as chest:
+                for key in chest:
+                    # Of an index whose pages are damaged an older one may be all that is left.
+                    older = target == "inside" and same(chest[key], ["the first version", np.arange(9_000)])
+                    # And what a file says is the value of a key that is not there becomes that.
+                    other = key == "x" and same(chest[key], np.arange(9_001))
+                    if not (older or other) and (key not in KEYS or not same(chest[key], value(key))):
+                        found[f"WRONG after repair: {key!r:.60}"] += 1
+                chest["works"] = np.arange(9_000)
+        except ChestError as error:
+            found[f"UNREPAIRED {type(error).__name__}: {error!s:.200}"] += 1
+        except Exception as error:
+            found[f"UNTYPED {type(error).__name__} in repair: {error!s:.200}"] += 1
+        return found
+
 
 def main(template: str, work: str, outside: str, target: str, first: str, last: str) -> None:
     bench = Bench(Path(template), Path(work), Path(outside))
@@ -370,6 +404,10 @@ def main(template: str, work: str, outside: str, target: str, first: str, last: 
         bench.fresh()
         print("start", number, getattr(bench, f"damage_{target}")(rng), flush=True)
         outcomes = bench.outcomes()
+        if number % REPAIRED == 0:
+            bench.fresh()
+            getattr(bench, f"damage_{target}")(random.Random(f"{target}/{number}"))
+            outcomes += bench.repaired(target)
         if look_at(bench.outside) != before:
             outcomes["TOUCHED what lies outside"] += 1
             make_outside(bench.outside)

@@ -134,7 +134,7 @@ def test_damage_gives_a_typed_error_or_the_right_value(
     assert len(outcomes) == scale(ci, full)
     died = [outcome for outcome in outcomes if outcome.signal]
     assert not died, died[:5]
-    bad = [(outcome.what, outcome.matching("WRONG", "UNTYPED", "NO MESSAGE", "TOUCHED")) for outcome in outcomes]
+    bad = [(outcome.what, outcome.matching("WRONG", "UNTYPED", "NO MESSAGE", "TOUCHED", "UNREPAIRED")) for outcome in outcomes]
     bad = [(what, how) for what, how in bad if how]
     assert not bad, "\n".join(f"{what} -> {how!s:.300}" for what, how in bad[:20]) + f"\n{len(bad)} in all"
     seen = Counter(name for outcome in outcomes for name in outcome.counts)
@@ -151,6 +151,8 @@ def test_damage_to_the_pages_of_the_index_never_gives_a_wrong_value(arena: Arena
     wrong = [o.what for o in outcomes if o.matching("WRONG in get", "WRONG in items", "WRONG in delete")]
     assert not wrong, (wrong[:9], counts)
     assert not [o.what for o in outcomes if o.matching("TOUCHED")]
+    mended = [(o.what, o.matching("UNREPAIRED", "after repair")) for o in outcomes if o.matching("UNREPAIRED", "after repair")]
+    assert not mended, "\n".join(map(str, mended[:9]))
     untyped = [(o.what, o.matching("UNTYPED")) for o in outcomes if o.matching("UNTYPED")]
     untyped = [(what, names) for what, names in untyped if any("KeyError" not in name for name in names)]
     assert not untyped, "\n".join(f"{what} -> {names}" for what, names in untyped[:9]) + f"\n{counts}"

@@ -25,7 +25,9 @@ import lmdb
 
 from .. import _fs
 from ..errors import ChestError, CorruptError, DiskFullError, FailedError
+from ._alone import alone
 from ._gate import GATE
+from ._pages import renumber
 
 __all__ = ["FULL", "Environment", "code_of", "damaged", "identity_of"]
 
@@ -355,6 +357,47 @@ class Environment:
                 self._env.sync(True)
         except lmdb.Error as error:
             raise self._fail(error) from error
+
+    def copy_to(self, fd: int) -> None:
+        """The newest commit stands in this file, without free pages. Others may write meanwhile."""
+        try:
+            with GATE.entered():
+                self._env.copyfd(fd, compact=True)
+        except lmdb.Error as error:
+            raise self.translated(error) from error
+
+    def replace_by_copy(self, fd: int, path: str) -> None:
+        """``data.mdb`` is a copy of itself without free pages, made in this file. The caller is alone in this process.
+
+        Raises:
+            InUseError: another process has it open. Nothing has changed.
+            DiskFullError: there is no room for the copy. Nothing has changed.
+        """
+        self.refuse_lost()
+        if self.failed is not None or self.abandoned is not None:
+            raise FailedError(self.failed or "a transaction was ended by another thread", path=self.folder)
+        self._env.close()
+        try:
+            with alone(self.folder):
+                env = lmdb.open(
+                    self.folder, readonly=True, lock=False, create=False, map_size=self.map_size, max_dbs=8, lib_version=0
+                )
+                try:
+                    newest = int(env.info()["last_txnid"])
+                    env.copyfd(fd, compact=True)
+                except lmdb.Error as error:
+                    raise self.translated(error) from error
+                finally:
+                    env.close()
+                number = renumber(path, newest + 1)
+                os.fsync(fd)
+                self.generation[0] = number  # ahead of the commit, as ever: a crash in between misleads nobody
+                os.replace(path, self.data)
+                if self.sync:
+                    _fs.fsync_folder(self.folder)
+        finally:
+            self._attach()
+            self.files = {name: identity_of(os.path.join(self.folder, name)) for name in _FILES}
 
     def reader_check(self) -> None:
         """The slots of readers that have died are free, and so are the pages that they held."""

@@ -35,7 +35,7 @@ from typing import Any, NoReturn
 import lmdb
 
 from .. import _fs
-from ..errors import ChestError, DiskFullError, PathError
+from ..errors import ChestError, DiskFullError, InUseError, PathError
 from . import _reserve
 from ._datafile import forget_stump, prepare_lock, refuse_damaged
 from ._environment import FULL, Environment, code_of, damaged, identity_of
@@ -114,6 +114,37 @@ class Environments:
             if not env.lost and not env.n_users and (env.abandoned is None or env.may_be_closed()):
                 self._open.pop(env.files["data.mdb"], None)
                 env.close()
+
+    def refuse_open(self, folder: str) -> None:
+        """Raises InUseError if this process has the index in a folder open."""
+        with self._lock:
+            try:
+                is_open = identity_of(os.path.join(folder, "data.mdb")) in self._open
+            except OSError:
+                return
+        if is_open:
+            path = os.path.dirname(os.path.abspath(folder))
+            raise InUseError(f"this process has the chest at {path} open: close it and try again.", path=path)
+
+    def compact(self, env: Environment, fd: int, path: str) -> None:
+        """A copy of the index without its free pages has taken its place. Made in this file, on the same file system.
+
+        All of this process's chests in the folder go on with it. See ``Environment.replace_by_copy`` for errors.
+        """
+        while True:
+            with env._alone():
+                # Only tried, as before a fork: its holder may be waiting for the gate.
+                if self._lock.acquire(blocking=False):
+                    try:
+                        self._open.pop(env.files["data.mdb"], None)
+                        try:
+                            env.replace_by_copy(fd, path)
+                        finally:
+                            self._open[env.files["data.mdb"]] = env
+                        return
+                    finally:
+                        self._lock.release()
+            time.sleep(_PAUSE_S)
 
     # --- fork
 

@@ -371,6 +371,14 @@ class LmdbIndex(Index):
 
     # --- the rest
 
+    def compact(self, fd: int, path: str) -> None:
+        """Give free pages back to the disk; the copy is made in this file. See ``Environments.compact``."""
+        ENVIRONMENTS.compact(self._env, fd, path)
+
+    def copy_to(self, fd: int) -> None:
+        """The newest commit stands in this file, as an index that counts its commits from 1 on. Not durable."""
+        self._env.copy_to(fd)
+
     def give_way(self) -> bool:
         """A few pages are free on a full disk; False if they were already."""
         return self._sync and _reserve.give_up(self._folder)

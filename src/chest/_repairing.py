@@ -1,0 +1,137 @@
+"""``chest.check``: what is wrong with a chest's folder, and a damaged chest made whole as far as something of it is left.
+
+There is one way for all damage (``_rebuilding``): a new index is made beside the old one and takes its place by a rename.
+What cannot be used any more goes to ``.keys/aside-<date>``, and nothing is ever deleted.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from . import _fs
+from ._aside import Aside
+from ._checking import Checker
+from ._problems import KINDS, Problem
+from ._rebuilding import Rebuild, set_generation
+from .engines._alone import alone
+from .engines._environments import ENVIRONMENTS
+from .engines._legacy import finish_upgrade
+from .errors import PathError, short
+
+__all__ = ["Problem", "check"]
+
+_REBUILT = frozenset({"index", "record", "order", "key", "missing", "value", "orphan", "note", "meta", "log"})
+
+
+def check(path: str | os.PathLike[str], *, repair: bool = False) -> Iterator[Problem]:
+    """What is wrong with the chest in a folder: every checksum of every value, every reference, the index page by page.
+
+    Problems come as they are found. Others may read and write meanwhile; what only looks wrong because a commit is under way
+    is not reported. Nothing is written without ``repair``. Memory is bounded, however many keys there are. Reads everything:
+    about 1 GB of values and 60,000 keys a second. Keys are unpickled where their type takes that, values are not.
+
+    Args:
+        path: the chest's folder.
+        repair: mend what can be mended before this returns, with the chest to itself: the problems are those that were found
+            before. What can be used no more is moved to ``.keys/aside-<date>`` beside a ``log.txt``, nothing is deleted. May be
+            killed and run again at any time.
+
+    Returns:
+        The problems: of each its ``kind``, ``key``, ``path``, ``message``, and what ``repair`` does about it.
+
+    Raises:
+        PathError: there is no chest.
+        InUseError: ``repair``, and somebody has it open.
+        DiskFullError: ``repair``, and there is no room for a second index. Nothing has changed.
+    """
+    path = os.path.abspath(os.fspath(path))
+    if not repair:
+        return (finding.problem for finding in Checker(path).problems())
+    try:
+        return _repair(path)
+    except OSError as error:
+        raise _fs.as_disk_full(error, path) or error from error
+
+
+def _repair(path: str) -> Iterator[Problem]:
+    keys = os.path.join(path, ".keys")
+    if not os.path.isdir(path):
+        raise PathError(f"there is no folder {path}: give the path of a chest.", path=path)
+    if not os.path.islink(keys):
+        finish_upgrade(path)
+    found: Any = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the iterator lives
+    try:
+        aside = Aside(path)
+        ENVIRONMENTS.refuse_open(keys)
+        for name in ("", "lock.mdb"):
+            place = os.path.join(keys, name) if name else keys
+            if _make_way(aside, place, stat.S_ISREG if name else stat.S_ISDIR):
+                what = f"{place} is no {'regular file' if name else 'folder'}"
+                found.write(_packed(Problem("index", None, place, what, KINDS["index"])))
+        if os.path.isfile(keys) or not os.path.lexists(keys):
+            first = list(Checker(path).problems())  # raises where there is nothing
+            if os.path.isfile(keys):  # of chest 0.2: nothing to repair it from
+                found.close()
+                return iter([finding.problem for finding in first])
+            os.mkdir(keys, 0o700)
+        with alone(keys):
+            kinds = set()
+            for finding in Checker(path).problems():
+                kinds.add(finding.problem.kind)
+                found.write(_packed(finding.problem))
+                if finding.problem.kind in ("copy", "generation") and os.path.lexists(finding.problem.path):
+                    _make_way(aside, finding.problem.path, stat.S_ISREG)
+            if "format" not in kinds:
+                for name in ("new", "data.mdb", "generation", "reserve"):
+                    _make_way(aside, os.path.join(keys, name), stat.S_ISDIR if name == "new" else stat.S_ISREG)
+                if kinds & _REBUILT:
+                    Rebuild(path, aside).run()
+                elif "generation" in kinds:
+                    set_generation(keys, 0)
+        aside.close()
+        found.seek(0)
+        return _Spooled(found)
+    except BaseException:
+        found.close()
+        raise
+
+
+def _packed(problem: Problem) -> bytes:
+    try:
+        return pickle.dumps(tuple(problem))
+    except Exception:
+        return pickle.dumps(tuple(problem._replace(key=short(problem.key))))
+
+
+class _Spooled(Iterator[Problem]):
+    """Problems from a temporary file, which is closed with the last of them, or when nobody wants the rest."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __next__(self) -> Problem:
+        try:
+            return Problem(*pickle.load(self._file))
+        except (EOFError, ValueError):  # ValueError: it is closed
+            self._file.close()
+            raise StopIteration from None
+
+    def __del__(self) -> None:
+        self._file.close()
+
+
+def _make_way(aside: Aside, path: str, is_right: Callable[[int], bool]) -> bool:
+    """What lies there and is not of the right kind is set aside. A ``.keys`` of chest 0.2 is."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return False
+    if is_right(mode) or (os.path.basename(path) == ".keys" and stat.S_ISREG(mode)):
+        return False
+    aside.move(path, "it lies in the place of something that belongs to the index")
+    return True
