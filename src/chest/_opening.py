@@ -81,7 +81,7 @@ def open_folder(
             _begin(index, path, codec, secret, cipher)
         seal = _unlocked(index, path, secret, cipher)
         if seal is not None:
-            index = SealedIndex(index, seal)
+            index = SealedIndex(index, seal, path)
         codec = _remembered(index, path, codec)
         blobs = FileBlobs(path, sync=not scratch, opener=opener, mode="t" if codec.text and opener else "b")
         store = Store(
