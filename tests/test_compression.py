@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import gzip
 import json
+import multiprocessing
 import pickle
 import random
 import shutil
@@ -203,6 +204,23 @@ def test_a_value_that_pickles_otherwise_once_it_was_loaded_is_not_taken_for_chan
         found[1].append(2)
         chest.sync()
         assert chest.stats().writes == 2
+
+
+def _write_into(array: Any) -> None:
+    array[:] = -1
+
+
+def test_what_was_decompressed_is_not_shared_with_forked_children(tmp_path: Path) -> None:
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("no fork here")
+    make(tmp_path / "c", {"x": NUMBERS}, compression="gzip")
+    with Chest[Any, Any](path=tmp_path / "c") as chest:
+        value = chest["x"]
+        child = multiprocessing.get_context("fork").Process(target=_write_into, args=(value,))
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+        assert same(value, NUMBERS)
 
 
 def test_other_serializers_are_compressed_too(tmp_path: Path, method: str) -> None:
