@@ -487,3 +487,9 @@ def test_a_chest_compresses_within_a_few_mib(tmp_path: Path, method: str) -> Non
             tracemalloc.stop()
         assert json.dumps(int(chest["x"][-1])) == json.dumps((8 << 20) - 1)
         assert record(chest, "x").kind & KIND == BLOB != PACKED
+
+
+def test_a_frame_without_its_end_is_cut_short() -> None:
+    frame = METHODS["gzip"].compress(b"content" * 100, 1)
+    with pytest.raises(CorruptError, match="cut short"):
+        inflate(METHODS["gzip"], [frame[:-4]], 700, len(frame))
