@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import gzip
 import json
+import multiprocessing
 import pickle
 import random
 import shutil
@@ -176,15 +177,50 @@ def test_arrays_are_writable_and_changes_in_place_are_kept(tmp_path: Path, metho
         assert record(chest, "numbers").kind >> 2 == METHODS[method].number
 
 
+class Bag:
+    """It pickles otherwise once it was loaded, and the same ever after."""
+
+    def __init__(self, made: str) -> None:
+        self.made = made
+
+    def __reduce__(self) -> Any:
+        return _loaded_bag, (self.made,)
+
+
+def _loaded_bag(made: str) -> Bag:
+    return Bag("by loading")
+
+
 def test_a_value_that_pickles_otherwise_once_it_was_loaded_is_not_taken_for_changed(tmp_path: Path) -> None:
-    text = "".join(["not ", "interned "]) * 9_000
-    make(tmp_path / "c", {"x": [text, "".join([text[:-1], text[-1]]), np.zeros(20_000)]}, compression="gzip")
+    value = [Bag("by hand"), [1], np.zeros(20_000)]
+    make(tmp_path / "c", {"x": value}, compression="gzip")
     with Chest[Any, Any](path=tmp_path / "c") as chest:
-        value = chest["x"]
+        found = chest["x"]
         chest.sync()
-        value[2][0] = 1
+        assert chest.stats().writes == 0
+        found[2][0] = 1
         chest.sync()
         assert chest.stats().writes == 1
+        found[1].append(2)
+        chest.sync()
+        assert chest.stats().writes == 2
+
+
+def _write_into(array: Any) -> None:
+    array[:] = -1
+
+
+def test_what_was_decompressed_is_not_shared_with_forked_children(tmp_path: Path) -> None:
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("no fork here")
+    make(tmp_path / "c", {"x": NUMBERS}, compression="gzip")
+    with Chest[Any, Any](path=tmp_path / "c") as chest:
+        value = chest["x"]
+        child = multiprocessing.get_context("fork").Process(target=_write_into, args=(value,))
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+        assert same(value, NUMBERS)
 
 
 def test_other_serializers_are_compressed_too(tmp_path: Path, method: str) -> None:
@@ -451,3 +487,9 @@ def test_a_chest_compresses_within_a_few_mib(tmp_path: Path, method: str) -> Non
             tracemalloc.stop()
         assert json.dumps(int(chest["x"][-1])) == json.dumps((8 << 20) - 1)
         assert record(chest, "x").kind & KIND == BLOB != PACKED
+
+
+def test_a_frame_without_its_end_is_cut_short() -> None:
+    frame = METHODS["gzip"].compress(b"content" * 100, 1)
+    with pytest.raises(CorruptError, match="cut short"):
+        inflate(METHODS["gzip"], [frame[:-4]], 700, len(frame))

@@ -405,8 +405,9 @@ def test_forged_notes_are_not_followed(tmp_path: Path, made: Callable[..., Path]
     victim.write_bytes(b"a file")
     note = struct.pack("<HH", 2, 0) + b"sx" + b"somebodys"
     put(path, "pending", {struct.pack(">Q", 1): note})
-    with pytest.raises(TamperedError):
+    with pytest.raises(TamperedError, match="a note") as caught:
         Chest(path=path, **mode)
+    assert caught.value.path == str(path)
     assert victim.exists()
     drop(path, "pending", struct.pack(">Q", 1))
     with Chest[Any, Any](path=path, **mode) as chest:
@@ -501,8 +502,9 @@ def test_nonsense_is_refused(tmp_path: Path) -> None:
         opened(key=lambda: "text")
     with pytest.raises(ValueError, match="needs a key"):
         opened(encrypt=True)
-    with pytest.raises(ValueError, match="choose"):
-        opened(key=MINE, encrypt="rot13")
+    for cipher in ("rot13", 1, None):
+        with pytest.raises(ValueError, match="choose"):
+            opened(key=MINE, encrypt=cipher)
     with pytest.raises(ValueError, match="open="):
         opened(key=MINE, open=gzip.open)
     if sys.modules.get("cryptography"):
@@ -755,7 +757,7 @@ class TestSignedIndex(IndexContract):
     """An index whose content is signed is an index."""
 
     def make_index(self, path: Path) -> Index:
-        return SealedIndex(LmdbIndex.open(str(path / "index"), sync=False), Seal(MINE, bytes(32), ""))
+        return SealedIndex(LmdbIndex.open(str(path / "index"), sync=False), Seal(MINE, bytes(32), ""), str(path))
 
 
 # --- the construction

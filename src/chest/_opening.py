@@ -81,7 +81,7 @@ def open_folder(
             _begin(index, path, codec, secret, cipher)
         seal = _unlocked(index, path, secret, cipher)
         if seal is not None:
-            index = SealedIndex(index, seal)
+            index = SealedIndex(index, seal, path)
         codec = _remembered(index, path, codec, allow)
         blobs = FileBlobs(path, sync=not scratch, opener=opener, mode="t" if codec.text and opener else "b")
         store = Store(
@@ -142,7 +142,7 @@ def _open_to_read(
             raise PathError(f"there is no chest at {path} yet: it has never been written to.", path=path)
         seal = _unlocked(index, path, secret, cipher)
         if seal is not None:
-            index = SealedIndex(index, seal)
+            index = SealedIndex(index, seal, path)
         codec = _remembered(index, path, codec, allow)
         blobs = FileBlobs(path, opener=opener, mode="t" if codec.text and opener else "b")
         return Store(

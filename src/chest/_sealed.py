@@ -24,9 +24,10 @@ _LENGTH = struct.Struct("<H")
 class SealedIndex(Index):
     """What ``index`` stores, sealed. Costs 2 to 5 us a record more, each way."""
 
-    def __init__(self, index: Index, seal: Seal) -> None:
+    def __init__(self, index: Index, seal: Seal, path: str) -> None:
         self.stored = self._index = index
         self._seal = seal
+        self._path = path  # of the chest, for errors
         self.generation = index.generation
 
     # --- reading
@@ -128,7 +129,7 @@ class SealedIndex(Index):
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Index]:
         with self._index.transaction() as index:
-            yield SealedIndex(index, self._seal)
+            yield SealedIndex(index, self._seal, self._path)
 
     def give_way(self) -> bool:
         return self._index.give_way()
@@ -146,7 +147,7 @@ class SealedIndex(Index):
         try:
             body = self._seal.open(RECORD, record.kind, stored, record.body)
         except TamperedError as error:
-            raise TamperedError(f"the record of {short(name)} is not to be trusted: {error}") from None
+            raise TamperedError(f"the record of {short(name)} is not to be trusted: {error}", path=self._path) from None
         return Record(record.version, record.seq, record.kind, body)
 
     def _opened_key(self, stored: bytes, sealed: bytes) -> tuple[bytes, bytes]:
@@ -154,7 +155,9 @@ class SealedIndex(Index):
             typed = self._seal.open(KEY, 0, stored, sealed)
         except TamperedError as error:
             raise TamperedError(
-                f"the order of keys is not to be trusted at {short(stored)}: {error}. Put the chest back from a backup."
+                f"the order of keys in {self._path} is not to be trusted at {short(stored)}: {error}. Put the chest back "
+                "from a backup.",
+                path=self._path,
             ) from None
         if not self._seal.hides:
             return stored, typed
@@ -166,5 +169,6 @@ class SealedIndex(Index):
             return self._seal.open(NOTE, 0, b"", note)
         except TamperedError as error:
             raise TamperedError(
-                f"a note of the index is not to be trusted: {error}. Put the chest back from a backup."
+                f"a note of the index of {self._path} is not to be trusted: {error}. Put the chest back from a backup.",
+                path=self._path,
             ) from None

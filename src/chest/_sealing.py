@@ -72,7 +72,7 @@ def check_arguments(key: Any, encrypt: Any) -> tuple[Callable[[], bytes] | None,
         TypeError, ValueError: nonsense.
         MissingExtraError: encryption needs a package that is not installed.
     """
-    if encrypt not in (False, True, *CIPHERS):
+    if type(encrypt) is not bool and encrypt not in CIPHERS:
         raise ValueError(f"encrypt is {encrypt!r}: choose True, False, {' or '.join(map(repr, CIPHERS))}")
     if key is None:
         if encrypt:
