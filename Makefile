@@ -45,6 +45,7 @@ torture: $(VENV)/.stamp-test $(VENV)/.stamp-fuzz  ## every crash, fault and larg
 bench: $(VENV)/.stamp-bench  ## side by side with other libraries, and the eviction policy against its baselines
 	$(PY) bench/peers.py $(BENCH_ARGS)
 	$(PY) bench/processes.py $(BENCH_ARGS)
+	$(PY) bench/serializers.py
 	@if [ -e bench/eviction.py ] ; then echo "$(PY) bench/eviction.py" ; $(PY) bench/eviction.py ; fi
 
 clean:  ## remove environments, caches and results

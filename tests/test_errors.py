@@ -33,6 +33,7 @@ from chest.errors import (
     LoadError,
     MissingExtraError,
     NetworkPathError,
+    NotAllowedError,
     PathError,
     SerializeError,
     SerializerMismatchError,
@@ -235,6 +236,13 @@ def serializer_of_ones_own_forgotten(path: Path) -> None:
     Chest(path=path)
 
 
+def class_not_allowed(path: Path) -> None:
+    with Chest(path=path) as chest:
+        chest["the key"] = [re.compile("x")]
+    with Chest(path=path, allow=["numpy"]) as chest:
+        chest["the key"]
+
+
 def newer_format(path: Path) -> None:
     with Chest(path=path) as chest:
         chest._store.index.commit(meta={b"format": b"99"})
@@ -268,6 +276,7 @@ PROVOKED: dict[Callable[[Path], None], tuple[type[ChestError], tuple[str, ...]]]
     keys_file_of_something_else: (CorruptError, ("{path}", ".keys")),
     other_serializer: (SerializerMismatchError, ("{path}", "json", "pickle")),
     serializer_of_ones_own_forgotten: (SerializerMismatchError, ("{path}", "_dump")),
+    class_not_allowed: (NotAllowedError, ("'the key'", "re._compile", "allow=")),
     newer_format: (FormatError, ("{path}", "99")),
 }
 
