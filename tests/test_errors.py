@@ -47,7 +47,7 @@ LARGE = np.arange(20_000)
 # What a message ends in: something that the reader can do.
 ADVICE = re.compile(
     r"open it again|open it with|make room|make it|make what|choose|chmod|use |give |install|delete|change|put it back|"
-    r"backup|move it|run check|network=True|create",
+    r"backup|move it|run check|network=True|create|to allow=",
     re.IGNORECASE,
 )
 
