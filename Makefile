@@ -45,6 +45,9 @@ torture: $(VENV)/.stamp-test $(VENV)/.stamp-fuzz  ## every crash, fault and larg
 bench: $(VENV)/.stamp-bench  ## side by side with other libraries: half an hour, or minutes with BENCH_ARGS=--quick; draws docs/performance.md
 	@$(PY) bench/run.py --get-peers || echo "without chest 0.2.3, which could not be fetched"
 	$(PY) bench/run.py $(BENCH_ARGS)
+	$(PY) bench/serializers.py
+	$(PY) bench/compression.py
+	$(PY) bench/check.py
 
 clean:  ## remove environments, caches and results
 	rm -rf .venv .venv-* build dist src/*.egg-info src/chest/_native.* bench/results .mypy_cache .ruff_cache .pytest_cache .hypothesis

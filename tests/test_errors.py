@@ -34,6 +34,7 @@ from chest.errors import (
     LoadError,
     MissingExtraError,
     NetworkPathError,
+    NotAllowedError,
     PathError,
     ReadOnlyError,
     SerializeError,
@@ -50,7 +51,7 @@ LARGE = np.arange(20_000)
 # What a message ends in: something that the reader can do.
 ADVICE = re.compile(
     r"open it again|open it with|make room|make it|make what|choose|chmod|use |give |install|delete|change|put it back|"
-    r"backup|move it|close it|run check|network=True|create",
+    r"backup|move it|close it|run check|network=True|create|to allow=",
     re.IGNORECASE,
 )
 
@@ -258,6 +259,13 @@ def repaired_while_open(path: Path) -> None:
         check(path, repair=True)
 
 
+def class_not_allowed(path: Path) -> None:
+    with Chest(path=path) as chest:
+        chest["the key"] = [re.compile("x")]
+    with Chest(path=path, allow=["numpy"]) as chest:
+        chest["the key"]
+
+
 def newer_format(path: Path) -> None:
     with Chest(path=path) as chest:
         chest._store.index.commit(meta={b"format": b"99"})
@@ -315,6 +323,7 @@ PROVOKED: dict[Callable[[Path], None], tuple[type[ChestError], tuple[str, ...]]]
     written_to_though_read_only: (ReadOnlyError, ("{path}",)),
     no_chest_to_read: (PathError, ("{path}",)),
     repaired_while_open: (InUseError, ("{path}",)),
+    class_not_allowed: (NotAllowedError, ("'the key'", "re._compile", "allow=")),
     newer_format: (FormatError, ("{path}", "99")),
     signed_file_changed: (TamperedError, ("'large'", "{path}")),
     another_key: (WrongKeyError, ("{path}",)),
