@@ -45,7 +45,7 @@ from .errors import ChestError, CorruptError, DiskFullError, FailedError, Serial
 
 __all__ = ["Store"]
 
-LARGE_INDEX = 64 << 20  # bytes; in a larger one each value may lie on a page of its own, which a commit holds in memory
+LARGE_INDEX = 100_000  # keys; in a larger one each value may lie on a page of its own, which a commit holds in memory
 COMMIT_ITEMS = 4096  # so that it takes no more than this many there: 16 MiB of pages
 FEW = 16  # deletions that need no more room than an index keeps in reserve
 
@@ -87,7 +87,7 @@ class Store(Publisher):
     def write(self, items: Sequence[Unwritten], deletes: Iterable[tuple[Any, bytes]] = ()) -> Written:
         """Write values and deletions; what cannot be serialized is left out and reported.
 
-        All or nothing up to 4 MiB of small values (and, where the index is larger than 64 MiB, 4,096 of them); beyond that in
+        All or nothing up to 4 MiB of small values (and, where there are more than 100,000 keys, 4,096 of them); beyond that in
         several commits, in the order given. Durable on return.
         On a full disk deletions go first, for the room that they make.
         """
@@ -153,7 +153,7 @@ class Store(Publisher):
         dumps, dumps_atom, encode, fixed = self.codec.dumps, self.codec.dumps_atom, self.codec.encode, is_immutable
         size, small = 0, 0 if self._files_only else 2 * SMALL
         wraps = self._envelope is not None and self._envelope.compression is not None  # which is done one by one
-        most = COMMIT_ITEMS if self.index.nbytes() > LARGE_INDEX else sys.maxsize
+        most = COMMIT_ITEMS if len(self.index) > LARGE_INDEX else sys.maxsize
         part, n_failed = islice(items, most), len(failed)
         while True:
             item, more = pack_rows(
