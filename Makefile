@@ -10,6 +10,7 @@ PIP    := -m pip install --quiet --quiet --disable-pip-version-check --no-warn-s
 # Of the suite on the oldest and the newest interpreter of this machine: all but what is slow or is about faults.
 OTHERS_PYTEST ?= -q -m "not slow and not torture"
 PYTEST_ARGS   ?=
+comma         := ,
 
 .PHONY: help demo test lint test-others test-one torture bench clean
 
@@ -28,13 +29,15 @@ lint: $(VENV)/.stamp-test  ## ruff and mypy
 	$(PY) -m ruff check --quiet .
 	$(PY) -m mypy
 
+# The first of them does without the compiled part.
 test-others:
-	@$(PYTHON) scripts/interpreters.py | while read -r version interpreter ; do \
-		$(MAKE) --no-print-directory test-one VERSION=$$version INTERPRETER=$$interpreter < /dev/null || exit 1 ; \
-	done
+	@$(PYTHON) scripts/interpreters.py | { pure=1 ; while read -r version interpreter ; do \
+		CHEST_PURE=$$pure $(MAKE) --no-print-directory test-one VERSION=$$version INTERPRETER=$$interpreter < /dev/null || exit 1 ; \
+		pure= ; \
+	done ; }
 
 test-one: .venv-$(VERSION)/.stamp-test
-	@echo "Python $(VERSION):"
+	@echo "Python $(VERSION)$(if $(CHEST_PURE),$(comma) without the compiled part):"
 	.venv-$(VERSION)/bin/python -m pytest $(OTHERS_PYTEST) $(PYTEST_ARGS)
 
 torture: $(VENV)/.stamp-test $(VENV)/.stamp-fuzz  ## every crash, fault and larger-than-memory test in full (an hour or so; as root it does more)

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from chest import _pickled, _reducers
-from chest._pickled import CHECKED, Layout, Pickler, dump, dumps, load, probe, read_footer
+from chest._pickled import Pickler, dump, dumps, load, probe
+from chest._valuefile import CHECKED, Layout, read_footer
 from chest.errors import CorruptError, LoadError
 
 np = pytest.importorskip("numpy")

@@ -149,7 +149,7 @@ def _load(data: bytes, *, verify: bool, digest: int | None) -> tuple[bytes, list
 
 def _expected(number: int) -> tuple[int | None, tuple[bytes, list[bytes]]]:
     with nothing_is_unpickled():
-        layout = _pickled.read_footer(FILES[number])
+        layout = _valuefile.read_footer(FILES[number])
         found = _load(FILES[number], verify=True, digest=None)
     assert found is not None
     return layout and layout.digest, found
