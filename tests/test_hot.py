@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from chest import Chest, _hot, _keys
+from chest import Chest, _hot, _keys, nbytes
 from chest._changes import is_immutable
 from chest._entry import Entry as PythonEntry
 from chest._memory import MemoryTier as PythonTier
@@ -143,6 +143,64 @@ def test_what_is_no_key_is_refused_alike() -> None:
             _hot._read_key(name, b"", _keys.decode)
             raise LookupError
         assert (mine.type, str(mine.value)) == (theirs.type, str(theirs.value))
+
+
+def exact(value: Any, seen: set[int]) -> int:
+    if id(value) in seen:
+        return 0
+    seen.add(id(value))
+    size = sys.getsizeof(value)
+    if isinstance(value, dict):
+        return size + sum(exact(key, seen) + exact(member, seen) for key, member in value.items())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return size + sum(exact(member, seen) for member in value)
+    return size
+
+
+PLAIN = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.binary(), st.complex_numbers()),
+    lambda members: st.one_of(
+        st.lists(members),
+        st.lists(members).map(tuple),
+        st.dictionaries(st.one_of(st.text(), st.integers(), st.tuples(st.text())), members),
+        st.sets(st.integers(-(2**40), 2**40)),
+        st.frozensets(st.text(max_size=3)),
+        members.map(lambda member: [member, member, (member,)]),
+    ),
+    max_leaves=30,
+)
+
+
+@given(value=st.one_of(st.lists(PLAIN), st.dictionaries(st.text(), PLAIN), st.lists(PLAIN).map(tuple)))
+@settings(max_examples=300, deadline=None)
+def test_plain_containers_are_measured_to_the_byte(value: Any) -> None:
+    assert nbytes(value) == exact(value, set())
+
+
+def test_what_refers_to_itself_or_is_deep_or_is_long_is_measured_too() -> None:
+    cycle: list[Any] = [1.5]
+    cycle.append(cycle)
+    assert nbytes(cycle) == exact(cycle, set())
+    deep: list[Any] = []
+    for _ in range(5_000):
+        deep = [deep]
+    assert nbytes(deep) > 5_000
+    long = list(range(1000, 6000))
+    assert abs(nbytes([long, 1]) / exact([long, 1], set()) - 1) < 0.1
+    many = [[float(i), float(j)] for i in range(300) for j in range(100)]
+    assert abs(nbytes(many) / exact(many, set()) - 1) < 0.1
+
+
+def test_registered_types_are_asked_wherever_they_lie() -> None:
+    program = """if True:
+        from chest import nbytes
+        assert nbytes([{"a": 1.5}]) < 1000
+        nbytes.register(float, lambda value: 10_000)
+        assert 10_000 <= nbytes([{"a": 1.5}]) < 11_000
+        nbytes.register(dict, lambda value: 20_000)
+        assert 20_000 <= nbytes([{"a": 1.5}]) < 21_000
+    """
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 class Lockstep(RuleBasedStateMachine):

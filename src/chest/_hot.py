@@ -7,16 +7,17 @@ the tests run on both.
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 from collections.abc import Callable, Iterator
 from sys import getsizeof
 from typing import TYPE_CHECKING, Any
 
-from . import _changes, _entry, _memory
+from . import _changes, _entry, _memory, _size_plans
 from ._keys import name_of
 from ._size_plans import leaves
-from ._sizing import nbytes
+from ._sizing import nbytes, quick_builtins
 from .abc import OrderItem, Put, Record, Row
 
 __all__ = [
@@ -248,6 +249,7 @@ if TYPE_CHECKING:
     State = _State
     pack_rows, record_pairs, order_pairs, settle_rows = _pack_rows, _record_pairs, _order_pairs, _settle_rows
     read_record, read_order, read_places, read_key = _read_record, _read_order, _read_places, _read_key
+    size_of_plain: Callable[..., int]
 else:
     try:
         if os.environ.get("CHEST_PURE"):
@@ -264,6 +266,7 @@ else:
             read_record,
             record_pairs,
             settle_rows,
+            size_of_plain,
         )
 
         COMPILED = True
@@ -276,6 +279,12 @@ else:
 if COMPILED:
     ENTRY_BYTES: int = getsizeof(Entry(None, None, 0)) + _entry.SLOT_BYTES
     """What an entry takes beside its key and value."""
+    _size_plans.offer_quick(
+        {
+            kind: functools.partial(size_of_plain, _size_plans.quick, leaves, otherwise)
+            for kind, otherwise in quick_builtins.items()
+        }
+    )
     State._setup(nbytes, leaves, _changes.is_immutable, ENTRY_BYTES)  # type: ignore[attr-defined]
 else:
     ENTRY_BYTES = _entry.ENTRY_BYTES

@@ -426,4 +426,8 @@ def _quick_tree(value: Any) -> int:
 
 
 _CONTAINERS = frozenset({list, tuple, set, frozenset, dict})
-_size_plans.offer_quick({**dict.fromkeys((list, tuple, set, frozenset), _quick_members), dict: _quick_mapping})
+quick_builtins: dict[type, Callable[[Any], int]] = {
+    **dict.fromkeys((list, tuple, set, frozenset), _quick_members),
+    dict: _quick_mapping,
+}
+_size_plans.offer_quick(quick_builtins)

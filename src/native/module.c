@@ -4,6 +4,7 @@
 
 int state_ready(PyObject *module);
 int rows_ready(PyObject *module);
+int sizes_ready(PyObject *module);
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
@@ -16,7 +17,8 @@ PyMODINIT_FUNC
 PyInit__native(void)
 {
     PyObject *module = PyModule_Create(&definition);
-    if (module != NULL && (tier_ready(module) < 0 || state_ready(module) < 0 || rows_ready(module) < 0)) {
+    if (module != NULL && (tier_ready(module) < 0 || state_ready(module) < 0 || rows_ready(module) < 0 ||
+                           sizes_ready(module) < 0)) {
         Py_CLEAR(module);
     }
     return module;
