@@ -20,7 +20,7 @@ from ._hot import Entry, MemoryTier, State, settle_rows
 from ._records import COMMIT_BYTES, SMALL, Baseline, Written
 from ._sizing import nbytes
 from ._store import Store
-from .errors import ChestError, ClosedError, FailedError, ReadOnlyError, SerializeError, WriteError, short
+from .errors import ChestError, ClosedError, CorruptError, FailedError, ReadOnlyError, SerializeError, WriteError, short
 
 __all__ = ["Spiller"]
 
@@ -28,6 +28,7 @@ _log = logging.getLogger("chest")
 
 SLACK_BYTES = 4 << 20  # an eviction goes on this far below the limit (or a quarter of it), so that it pays for its commit
 PINNED_BYTES = 4 << 20  # of values that are held by a part of them only, this much is watched (or a quarter of the limit)
+LAST_PLACE = 2**64 - 2**40  # no clock tells a place beyond it for some decades
 POLLED = 3  # lent values looked at with each operation: more than it can add
 
 
@@ -50,7 +51,7 @@ class Spiller(State):
         self._generation = store.index.generation
         self._seen = store.index.version()
         self._epoch = 0
-        self._next_seq = store.index.last_seq() + 1
+        self._next_seq = self._first_free()
         self._salt = int.from_bytes(os.urandom(2), "big") >> 4
         self._transaction: Any = None  # the keeper inside of it, while one is open
         self._write_through = False
@@ -104,10 +105,20 @@ class Spiller(State):
         """The index has moved on; if it was not this chest that moved it all the way, entries must be checked again."""
         if before != self._seen and version != self._seen:
             self._epoch += 1
-            self._next_seq = max(self._next_seq, self._store.index.last_seq() + 1)
+            self._next_seq = max(self._next_seq, self._first_free())
             self._unsure = dict(self._dirty)
             self._n_new = 0
         self._seen = version
+
+    def _first_free(self) -> int:
+        """The first place in the order that is behind all others."""
+        last = self._store.index.last_seq()
+        if last >= LAST_PLACE:
+            path = self._store.path
+            raise CorruptError(
+                f"the index of the chest at {path} is damaged: its order ends nowhere. Run check on it.", path=path
+            )
+        return last + 1
 
     def _new_place(self) -> int:
         """The place of a new key in the order: behind all known ones, and by the clock, which processes share.

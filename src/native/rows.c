@@ -456,8 +456,9 @@ static PyObject *
 settle_rows(PyObject *Py_UNUSED(module), PyObject *args)
 {
     PyObject *done, *baselines, *dirty, *unsure;
-    long long version, epoch, n_new = 0;
-    if (!PyArg_ParseTuple(args, "O!O!O!O!LL:settle_rows", &PyList_Type, &done, &PyList_Type, &baselines, &PyDict_Type, &dirty,
+    unsigned long long version;
+    long long epoch, n_new = 0;
+    if (!PyArg_ParseTuple(args, "O!O!O!O!KL:settle_rows", &PyList_Type, &done, &PyList_Type, &baselines, &PyDict_Type, &dirty,
                           &PyDict_Type, &unsure, &version, &epoch)) {
         return NULL;
     }

@@ -245,7 +245,8 @@ admit(State *self, PyObject *key, PyObject *record)
     }
     PyObject *body = PyTuple_GET_ITEM(record, 3);
     unsigned long long seq = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(record, 1));
-    long long version = PyLong_AsLongLong(PyTuple_GET_ITEM(record, 0)), kind = PyLong_AsLongLong(PyTuple_GET_ITEM(record, 2));
+    unsigned long long version = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(record, 0));
+    long long kind = PyLong_AsLongLong(PyTuple_GET_ITEM(record, 2));
     if (PyErr_Occurred() || (kind != 0 && kind != 1) || !PyBytes_CheckExact(body)) { /* PACKED, LOOSE */
         return NULL;
     }

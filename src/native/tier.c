@@ -41,8 +41,8 @@ entry_new(PyObject *key, PyObject *value, long long size)
     self->baseline = Py_NewRef(Py_None);
     self->stored = Py_NewRef(Py_None);
     self->size = size;
-    self->epoch = self->version = self->floor = self->key_bytes = self->round = 0;
-    self->seq = 0;
+    self->epoch = self->floor = self->key_bytes = self->round = 0;
+    self->seq = self->version = 0;
     self->link.prev = self->link.next = NULL;
     self->list = -1;
     self->f = 0;
@@ -72,9 +72,9 @@ Entry_new(PyTypeObject *Py_UNUSED(type), PyObject *args, PyObject *kwargs)
                             "lent", "baseline", "fresh", "stored", "version", NULL};
     PyObject *key, *value, *size_object, *baseline = Py_None, *stored = Py_None;
     int dirty = 0, lent = 0, fresh = 0;
-    unsigned long long seq = 0;
-    long long epoch = 0, version = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|pKLpOpOL:Entry", names, &key, &value, &size_object, &dirty, &seq, &epoch,
+    unsigned long long seq = 0, version = 0;
+    long long epoch = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|pKLpOpOK:Entry", names, &key, &value, &size_object, &dirty, &seq, &epoch,
                                      &lent, &baseline, &fresh, &stored, &version)) {
         return NULL;
     }
@@ -174,7 +174,7 @@ static PyMemberDef Entry_members[] = {
     {"baseline", T_OBJECT_EX, offsetof(Entry, baseline), 0, NULL},
     {"stored", T_OBJECT_EX, offsetof(Entry, stored), 0, NULL},
     {"epoch", T_LONGLONG, offsetof(Entry, epoch), 0, NULL},
-    {"version", T_LONGLONG, offsetof(Entry, version), 0, NULL},
+    {"version", T_ULONGLONG, offsetof(Entry, version), 0, NULL},
     {"seq", T_ULONGLONG, offsetof(Entry, seq), 0, NULL},
     {"key_bytes", T_LONGLONG, offsetof(Entry, key_bytes), READONLY, NULL},
     {"f", T_SHORT, offsetof(Entry, f), 0, NULL},

@@ -21,8 +21,8 @@ typedef struct Link {
 typedef struct {
     PyObject_HEAD
     PyObject *key, *value, *baseline, *stored;
-    long long size, epoch, version, floor, key_bytes, round;
-    unsigned long long seq;
+    long long size, epoch, floor, key_bytes, round;
+    unsigned long long seq, version;
     Link link; /* while it is in a list, the list holds a reference to it */
     short list, f;
     char dirty, hot, alive, lent, fresh;
