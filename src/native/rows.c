@@ -38,12 +38,27 @@ simple_name(PyObject *key)
     return NULL;
 }
 
+/* Whether a value certainly cannot change: text, bytes, numbers, None, and tuples of them. (`is_immutable` knows more.) */
+static int
+is_fixed_to(PyObject *value, int depth)
+{
+    PyTypeObject *type = Py_TYPE(value);
+    if (type == &PyTuple_Type && depth > 0 && PyTuple_GET_SIZE(value) <= 64) {
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); i++) {
+            if (!is_fixed_to(PyTuple_GET_ITEM(value, i), depth - 1)) {
+                return 0;
+            }
+        }
+        return 1;
+    }
+    return type == &PyUnicode_Type || type == &PyBytes_Type || type == &PyLong_Type || type == &PyFloat_Type ||
+           type == &PyBool_Type || value == Py_None;
+}
+
 int
 is_fixed(PyObject *value)
 {
-    PyTypeObject *type = Py_TYPE(value);
-    return type == &PyUnicode_Type || type == &PyBytes_Type || type == &PyLong_Type || type == &PyFloat_Type ||
-           type == &PyBool_Type || value == Py_None;
+    return is_fixed_to(value, 4);
 }
 
 static PyObject *
