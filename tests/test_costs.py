@@ -136,6 +136,16 @@ def test_items_are_read_by_the_hundred(chest: Chest[Any, Any]) -> None:
     assert counts["write transactions"] == 0
 
 
+@pytest.mark.parametrize("way", ["get_many", "prefetch"])
+def test_many_keys_are_read_by_the_batch(chest: Chest[Any, Any], way: str) -> None:
+    fill(chest, 1000)
+    chest.flush()
+    counts = Counts(chest)
+    getattr(chest, way)([f"key{i}" for i in range(1000)])
+    assert counts["loads"] == 1000
+    assert counts["read transactions"] <= 1000 / 64 + 2
+
+
 def test_what_was_only_read_and_cannot_change_is_not_pickled_again(chest: Chest[Any, Any]) -> None:
     fill(chest)
     chest.flush()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from chest import Chest
+from chest import Chest, CorruptError
 
 Make = Callable[..., Chest[Any, Any]]
 
@@ -92,6 +92,56 @@ def test_values_really_are_spilled_where_the_limit_says_so() -> None:
                 c[i] = "x" * 100 + str(i)
             assert (c.stats().spills >= spilled) if spilled else (c.stats().spills == 0)
             assert [c[i] for i in range(50)] == ["x" * 100 + str(i) for i in range(50)]
+
+
+def test_get_many_gives_what_each_key_gives_and_leaves_out_what_is_not_there(tmp_path: Path, limit: int) -> None:
+    with Chest[Any, Any](path=tmp_path / "c", available_memory=limit) as chest:
+        for i in range(300):
+            chest[i] = [i]
+        for i in range(300, 310):
+            chest[i] = str(i) * 50_000
+        del chest[7]
+        chest["unwritten"] = "x"
+        keys = ["unwritten", 308, *range(290, -1, -3), "absent", 7, 1.0, True, "unwritten"]
+        found = chest.get_many(iter(keys))
+        assert list(found) == [key for key in dict.fromkeys(keys) if key in chest]
+        assert all(found[key] == chest[key] for key in found)
+        found[290].append("changed")
+        assert chest[290] == [290, "changed"]
+        del found
+    with Chest[Any, Any](path=tmp_path / "c") as chest:
+        assert chest[290] == [290, "changed"]
+        with chest.transaction():
+            chest[0] = "inside"
+            assert chest.get_many([0, 3, "absent"]) == {0: "inside", 3: [3]}
+        with pytest.raises(TypeError):
+            chest.get_many([[]])
+
+
+def test_get_many_passes_over_nothing_that_is_damaged(tmp_path: Path) -> None:
+    with Chest[str, Any](path=tmp_path / "c") as chest:
+        chest.update(a=[1], b=[2])
+        chest.flush()
+        index: Any = chest._store.index
+        env = index._env
+        with env.begin(env.index, write=True) as txn:
+            txn.put(b"sb", txn.get(b"sb")[:-1] + b"?")
+        assert chest.get_many(["a"]) == {"a": [1]}
+        with pytest.raises(CorruptError):
+            chest.get_many(["a", "b"])
+
+
+def test_prefetch_brings_in_what_fits_and_refuses_what_is_not_there(tmp_path: Path) -> None:
+    with Chest[int, Any](path=tmp_path / "c", available_memory=10_000) as chest:
+        for i in range(500):
+            chest[i] = "x" * 100
+        chest.flush()
+        chest.prefetch(range(20))
+        assert set(chest.inmem) == set(range(20))
+        chest.prefetch(range(500))
+        assert chest.memory_usage <= 10_000
+        with pytest.raises(KeyError):
+            chest.prefetch([1, 1000])
 
 
 def test_order_is_insertion_order_and_kept_when_a_key_is_set_again(make: Make) -> None:

@@ -119,6 +119,7 @@ USES: dict[str, Callable[[Chest[Any, Any]], Any]] = {
     "move_to_disk": lambda c: c.move_to_disk("a"),
     "get_from_disk": lambda c: c.get_from_disk("a"),
     "prefetch": lambda c: c.prefetch(["a"]),
+    "get_many": lambda c: c.get_many(["a"]),
     "prefetch one": lambda c: c.prefetch("a"),
     "write_keys": lambda c: c.write_keys(),
     "key_to_filename": lambda c: c.key_to_filename("a"),
@@ -153,7 +154,7 @@ def test_every_public_method_is_tried_after_close() -> None:
     tried = {
         *("get", "pop", "popitem", "setdefault", "clear", "update", "copy", "keys", "values", "items", "flush", "sync"),
         *("shrink", "move_to_disk", "get_from_disk", "prefetch", "write_keys", "key_to_filename", "stats", "drop"),
-        *("transaction", "edit", "wait", "changes", "check", "compact", "backup"),
+        *("transaction", "edit", "wait", "changes", "check", "compact", "backup", "get_many"),
     }
     public = {name for name in dir(Chest) if not name.startswith("_") and callable(getattr(Chest, name))}
     assert public - tried == {"close", "fromkeys"}

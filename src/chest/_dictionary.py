@@ -6,6 +6,7 @@ import contextlib
 from _thread import get_ident
 from abc import abstractmethod
 from collections.abc import Hashable, ItemsView, Iterable, Iterator, KeysView, Mapping, MutableMapping, ValuesView
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 from . import _views
@@ -229,6 +230,18 @@ class Dictionary(Keeper, MutableMapping[K, V], Generic[K, V]):
     def __ior__(self: Self, other: Any) -> Self:
         self.update(other)
         return self
+
+    def get_many(self, keys: Iterable[K]) -> dict[K, V]:
+        """The values of those of the keys that are there, in this order; as ``c[key]`` for each, but read by the hundred.
+
+        What it returns has to fit into memory, beside ``available_memory``.
+        """
+        keeper = self._here()
+        rest = iter(keys)
+        found: dict[K, V] = {}
+        while batch := list(islice(rest, _views.BATCH)):
+            found.update(keeper._bring(batch, lent=True))
+        return found
 
     # --- another chest
 

@@ -121,6 +121,9 @@ class Inside(Dictionary[K, V]):
         self._take_changes(key)
         return super()._load(key)
 
+    def _load_each(self, keys: Sequence[Any]) -> Iterator[tuple[Any, Loaded | None, int]]:
+        return ((key, self._load(key), self._epoch) for key in keys)  # each may have been changed in place before
+
     def _has(self, key: Any) -> bool:
         return key in self._refused or super()._has(key)
 

@@ -20,7 +20,7 @@ is next used.
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ._hot import Entry
@@ -28,6 +28,7 @@ from ._keys import name_of
 from ._records import Loaded
 from ._sizing import nbytes
 from ._spilling import Spiller, size_of
+from .errors import CorruptError
 
 __all__ = ["Keeper"]
 
@@ -116,9 +117,52 @@ class Keeper(Spiller):
         name = name_of(key) or self._store.name(key)
         return None if name is None else self._store.load(key, name)
 
-    def _admit(self, key: Any, loaded: Loaded, *, lent: bool) -> None:
+    def _load_each(self, keys: Sequence[Any]) -> Iterator[tuple[Any, Loaded | None, int]]:
+        """What is stored of each of these keys, which are not in memory, and the epoch in which it was read: in one go."""
+        store, epoch = self._store, self._epoch
+        names = {key: store.name(key) for key in keys if key not in self._tombs}
+        wanted = [name for name in names.values() if name is not None]
+        try:
+            records = dict(zip(wanted, store.index.get_many(wanted)[1], strict=True)) if wanted else {}
+        except CorruptError:  # one of them: which one, it says itself
+            for key in keys:
+                yield key, self._load(key), epoch
+            return
+        for key in keys:
+            name = names.get(key)
+            record = None if name is None else records.get(name)
+            loaded = None if name is None or record is None else store.decode_for(key, name, record)
+            yield key, loaded, epoch
+            del loaded
+
+    def _bring(self, keys: Sequence[Any], *, lent: bool) -> dict[Any, Any]:
+        """Values of these keys, which are in memory now as far as they fit; those that are not there are left out."""
+        with self.lock:
+            self._usable()
+            found: dict[Any, Any] = {}
+            missing: list[Any] = []
+            for key in keys:
+                entry = self._in_memory(key)
+                if entry is None:
+                    missing.append(key)
+                elif lent:
+                    entry.hot = entry.lent = True
+                    self._hits += 1
+                found[key] = entry.value if lent and entry is not None else None
+            for key, loaded, epoch in self._load_each(list(dict.fromkeys(missing))):
+                if loaded is None:
+                    del found[key]
+                    continue
+                self._misses += 1
+                if lent and self._on_miss is not None:
+                    self._on_miss(key)
+                self._admit(key, loaded, lent=lent, epoch=epoch)
+                found[key] = loaded.value if lent else None
+            return found
+
+    def _admit(self, key: Any, loaded: Loaded, *, lent: bool, epoch: int | None = None) -> None:
         """A value from the store comes into the memory tier, and others leave for it."""
-        tier, epoch = self._tier, self._epoch
+        tier, epoch = self._tier, self._epoch if epoch is None else epoch
         size = size_of(loaded.value, loaded.baseline)
         if size <= tier.limit:
             if self._lent or tier.usage + size > tier.limit:
@@ -128,7 +172,7 @@ class Keeper(Spiller):
             if tier.usage > tier.limit:  # the bookkeeping counts too
                 self._shrink(0, entry)
         elif lent:
-            self._lend(key, loaded)
+            self._lend(key, loaded, epoch)
 
     def _make_room(self, size: int) -> None:
         error = self._shrink(size)
@@ -170,9 +214,9 @@ class Keeper(Spiller):
                 raise KeyError(key)
             return self._lend(key, loaded)
 
-    def _lend(self, key: Any, loaded: Loaded) -> Any:
+    def _lend(self, key: Any, loaded: Loaded, epoch: int | None = None) -> Any:
         """Hand out a value that is not in the memory tier, and watch it if it can be changed."""
-        epoch = self._epoch
+        epoch = self._epoch if epoch is None else epoch
         self._poll()  # which may write, and so tell of what others have written since this was read
         if loaded.baseline is not None:
             self._lent[key] = self._entry_of(key, loaded, 0, epoch, True)

@@ -12,10 +12,11 @@ import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import islice
 from types import MappingProxyType, TracebackType
 from typing import Any, TypeVar
 
-from . import _compression, _fs, _lifetime, _scratch
+from . import _compression, _fs, _lifetime, _scratch, _views
 from ._keys import key_to_filename
 from ._processes import refuse_gone
 from ._sealing import check_arguments
@@ -300,16 +301,12 @@ class Chest(Upkeep[K, V]):
         if isinstance(keys, (str, bytes, tuple)) or not isinstance(keys, Iterable):
             keys = [keys]
         keeper = self._here()
-        with keeper.lock:
-            keeper._usable()
-            for key in keys:
-                if keeper._in_memory(key) is not None:
-                    continue
-                loaded = keeper._load(key)
-                if loaded is None:
+        rest = iter(keys)
+        while batch := list(islice(rest, _views.BATCH)):
+            found = keeper._bring(batch, lent=False)
+            for key in batch:
+                if key not in found:
                     raise KeyError(key)
-                keeper._misses += 1
-                keeper._admit(key, loaded, lent=False)
 
     def key_to_filename(self, key: K) -> str:
         """The path of a file with the key's value as it was last written; made now if the value lies in the index.
