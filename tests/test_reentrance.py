@@ -1,8 +1,9 @@
-"""Code of the user's that a chest runs in the middle of its work, and that uses the same chest."""
+"""Code of the user's that a chest runs in the middle of its work, and that uses the same chest; and chests that are not whole."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,41 @@ def test_what_on_overflow_deletes_or_replaces_is_not_written() -> None:
             assert chest["replaced"] == b"new"
             assert len(chest) == len(list(chest)) == 41
             chest.flush()
+
+
+class Unfinished(Chest[Any, Any]):
+    """Its constructor fails, or is never called."""
+
+    def __init__(self) -> None:
+        raise LookupError
+
+
+USES: list[Callable[[Any], Any]] = [
+    lambda c: c["k"],
+    lambda c: c.__setitem__("k", 1),
+    lambda c: c.__delitem__("k"),
+    lambda c: "k" in c,
+    lambda c: c.get("k"),
+    lambda c: c.pop("k"),
+    lambda c: c.flush(),
+    len,
+    list,
+]
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_chest_that_was_never_constructed_raises(use: Callable[[Any], Any]) -> None:
+    with pytest.raises((AttributeError, TypeError)):
+        use(Unfinished.__new__(Unfinished))
+
+
+@pytest.mark.parametrize("name", ["_entries", "_dirty", "_unsure", "_tombs", "_lent", "_store", "_tier", "lock"])
+@pytest.mark.parametrize("use", USES[:4])
+def test_a_subclass_that_takes_the_name_of_an_attribute_gets_an_error(name: str, use: Callable[[Any], Any]) -> None:
+    with Chest[str, Any]({"k": [1]}) as chest:
+        chest.flush()
+        before = getattr(chest, name)
+        setattr(chest, name, 5)
+        with contextlib.suppress(Exception):  # or it does not matter here
+            use(chest)
+        setattr(chest, name, before)

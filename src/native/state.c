@@ -218,18 +218,30 @@ is_left_to_python(void)
     return 0;
 }
 
+static inline int
+is_dict(PyObject *object)
+{
+    return object != NULL && PyDict_CheckExact(object);
+}
+
+/* Whether, under the lock, all is as it mostly is; an exception may be set if not. Subclasses may name their attributes so. */
+static int
+is_simple(State *self)
+{
+    return !self->closed && self->plain && self->transaction == Py_None && is_dict(self->entries) && is_dict(self->dirty) &&
+           is_dict(self->unsure) && is_dict(self->tombs) && PyDict_GET_SIZE(self->tombs) == 0 && PyObject_Size(self->lent) == 0;
+}
+
 /* The record of a key under the lock, None where there is none; NULL where it is not that simple, maybe with an exception. */
 static PyObject *
 fetch(State *self, PyObject *key)
 {
-    if (self->closed || self->transaction != Py_None || !self->plain || PyObject_Size(self->lent) != 0 ||
-        PyDict_GET_SIZE(self->tombs) != 0 || self->view.obj == NULL ||
-        *(volatile unsigned long long *)self->view.buf != self->seen) {
+    if (!is_simple(self) || self->view.obj == NULL || *(volatile unsigned long long *)self->view.buf != self->seen) {
         return NULL;
     }
     int here = PyDict_Contains(self->entries, key);
     PyObject *name = here == 0 ? simple_name(key) : NULL;
-    PyObject *index = name == NULL ? NULL : PyObject_GetAttr(self->store, text_index);
+    PyObject *index = name == NULL || self->store == NULL ? NULL : PyObject_GetAttr(self->store, text_index);
     PyObject *record = index == NULL ? NULL : PyObject_CallMethodOneArg(index, text_get, name);
     Py_XDECREF(index);
     Py_XDECREF(name);
@@ -249,7 +261,7 @@ admit(State *self, PyObject *key, PyObject *record)
     if (PyErr_Occurred() || (kind != 0 && kind != 1) || !PyBytes_CheckExact(body)) { /* PACKED, LOOSE */
         return NULL;
     }
-    PyObject *codec = PyObject_GetAttr(self->store, text_codec);
+    PyObject *codec = self->store == NULL ? NULL : PyObject_GetAttr(self->store, text_codec);
     PyObject *loads = codec == NULL ? NULL : PyObject_GetAttr(codec, text_loads);
     PyObject *value = loads == NULL ? NULL : PyObject_CallOneArg(loads, body);
     Py_XDECREF(codec);
@@ -281,7 +293,7 @@ admit(State *self, PyObject *key, PyObject *record)
     Entry *entry = result == NULL ? NULL : entry_new(key, value, size);
     /* Whatever may run code of the user's, the collector for one, lies behind: has it written the key? */
     if (entry == NULL || self->closed || self->transaction != Py_None || tier->usage + needed > tier->limit ||
-        PyDict_GET_SIZE(self->tombs) != 0 || PyDict_Contains(self->entries, key) != 0) {
+        PyDict_GET_SIZE(self->tombs) != 0 || PyDict_Contains(tier->entries, key) != 0) {
         Py_XDECREF(entry);
         Py_DECREF(value);
         return NULL;
@@ -381,14 +393,6 @@ new_place(State *self)
     return place;
 }
 
-/* Whether nothing stands in the way of setting a key under the lock. */
-static int
-is_simple_to_set(State *self)
-{
-    return !self->closed && self->plain && self->transaction == Py_None && self->failed == Py_None &&
-           PyObject_Size(self->lent) == 0 && PyDict_GET_SIZE(self->tombs) == 0;
-}
-
 /* Set the key of an entry, if that is simple: 1 if it is done, 0 if it is not, -1 with an exception set. */
 static int
 set_simply(State *self, Entry *entry)
@@ -437,7 +441,7 @@ State_ass_subscript(State *self, PyObject *key, PyObject *value)
     if (lock != NULL) {
         long long size = size_of_value(value); /* which may run code of the user's, as making an entry may: first */
         Entry *entry = size < 0 ? NULL : entry_new(key, value, size);
-        int done = entry == NULL ? -1 : is_simple_to_set(self) ? set_simply(self, entry) : 0;
+        int done = entry == NULL ? -1 : is_simple(self) && self->failed == Py_None ? set_simply(self, entry) : 0;
         Py_XDECREF(entry);
         if (leave(lock) < 0) {
             return -1;
