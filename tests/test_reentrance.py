@@ -1,4 +1,4 @@
-"""Code of the user's that a chest runs in the middle of its work, and that uses the same chest; and chests that are not whole."""
+"""Code of the user's that a chest runs in the middle of its work and that uses the same chest; chests that are not whole."""
 
 from __future__ import annotations
 
