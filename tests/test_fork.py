@@ -437,3 +437,18 @@ def test_a_child_outlives_a_killed_parent_with_its_scratch_chest(tmp_path: Path)
         assert os.path.isdir(path)
     until(lambda: _scratch.sweep_scratch(str(tmp_path)) == 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_parent_had_in_memory_is_not_freed_in_a_child_that_does_not_use_the_chest() -> None:
+    parent, freed = os.getpid(), []
+
+    class Value:
+        def __del__(self) -> None:
+            if os.getpid() != parent:
+                freed.append(self)
+
+    with Chest[str, Any]() as chest:
+        for key in ("cached", "dirty"):
+            chest[key] = Value()
+        assert in_child(lambda: len(freed)) == 0
+        chest.clear()

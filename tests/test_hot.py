@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -28,6 +29,7 @@ if not _hot.COMPILED:
 CompiledEntry, CompiledTier = _hot.Entry, _hot.MemoryTier
 DIGEST = xxhash.xxh3_64_digest
 HASH = xxhash.xxh3_64_intdigest
+THRESHOLD = gc.get_threshold()
 
 KEYS = st.one_of(
     st.text(max_size=5),
@@ -319,6 +321,90 @@ def test_code_that_runs_when_a_value_is_freed_may_use_the_tier() -> None:
     gc.collect()
     tier.check()
     assert set(tier.entries) <= {"c"}
+
+
+class _Key:
+    """All of them collide; looking one up runs what is `planned` when so many calls have been made."""
+
+    planned: tuple[int, Any] | None = None
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def _called(self) -> None:
+        if _Key.planned is not None:
+            left, meddle = _Key.planned
+            _Key.planned = (left - 1, meddle) if left else None
+            if not left:
+                meddle()
+
+    def __hash__(self) -> int:
+        self._called()
+        return 7
+
+    def __eq__(self, other: object) -> bool:
+        self._called()
+        return isinstance(other, _Key) and self.n == other.n
+
+
+@pytest.mark.parametrize("calls", range(12))
+@pytest.mark.parametrize("way", ["clear", "remove", "replace"])
+@pytest.mark.parametrize("act", ["overwrite", "add", "remove", "let go"])
+def test_keys_that_use_the_tier_while_they_are_looked_up_leave_it_whole(calls: int, way: str, act: str) -> None:
+    tier = CompiledTier(10**6)
+    keys = [_Key(n) for n in range(4)]
+    for key in keys:
+        tier.add(CompiledEntry(key, [1], 10))
+
+    def meddle() -> None:
+        if way == "clear":
+            tier.clear()
+        for key in keys if way != "clear" else []:
+            tier.remove(key)
+            if way == "replace":
+                tier.add(CompiledEntry(_Key(key.n), [2], 10))
+
+    batch = tier.victims(0) if act == "let go" else []
+    _Key.planned = calls, meddle
+    with contextlib.suppress(RuntimeError):  # what comes in between is refused, where it would be lost
+        if act in ("overwrite", "add"):
+            tier.add(CompiledEntry(_Key(3 if act == "overwrite" else 9), [3], 20))
+        elif act == "remove":
+            tier.remove(_Key(2))
+        else:
+            tier.let_go(batch)
+    _Key.planned = None
+    if way == "clear":  # CPython's own dict loses a key if it is cleared in the middle of setting one
+        tier.clear()
+    tier.check()
+
+
+def test_a_collection_in_the_middle_of_a_set_may_use_the_chest() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.me = self
+
+        def __del__(self) -> None:
+            del chest["k"]
+
+    with Chest[str, Any]() as chest:
+        chest["k"] = "old"
+        chest.flush()
+        assert chest["k"] == "old"
+        gc.collect()
+        gc.disable()
+        try:
+            Cycle()
+            gc.set_threshold(1)
+            gc.enable()
+            chest["k"] = "new"  # the first that the collector counts since then is made in here
+        finally:
+            gc.set_threshold(*THRESHOLD)
+            gc.enable()
+        gc.collect()  # since 3.12 it does not come in the middle of a call
+        chest._tier.check()
+        chest.flush()
+        assert dict(chest) in ({"k": "new"}, {})
 
 
 @pytest.mark.parametrize("size", [10**30, -(10**30), 2**63, True])

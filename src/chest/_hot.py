@@ -217,6 +217,9 @@ def _settle_rows(
 ) -> tuple[int, list[Any]]:
     """Entries are written: they are clean, and not in ``dirty`` and ``unsure`` any more.
 
+    One that was replaced meanwhile, by code that ran when the values were serialized, leaves the newer one what it has found
+    out: that the key is stored.
+
     Returns:
         How many of them had been known to be new, and those that were stuck, which are the memory tier's to mark.
     """
@@ -226,7 +229,12 @@ def _settle_rows(
         key = entry.key
         if unsure.pop(key, None) is None and not entry.stored:
             n_new += 1
-        dirty.pop(key, None)
+        newer = dirty.get(key)
+        if newer is entry:
+            del dirty[key]
+        elif newer is not None:
+            newer.stored = True
+            newer.fresh = False
         entry.version = version
         entry.baseline = baseline
         entry.epoch = epoch

@@ -112,7 +112,8 @@ class Portable(Sharing[K, V]):
     def _inherited(self) -> None:
         """This process has just been forked. Nothing of the chest's state is reliable: another thread may have been at it."""
         if not self._closed:
-            self._before_fork = vars(self).copy()
+            state = self._tier, self._store, self._dirty, self._unsure, self._tombs, self._lent, self._generation, self.lock
+            self._before_fork = vars(self).copy(), state  # which need not be among its `vars`
         elif not self._forked:
             return
         self._shared = self._forked = self._closed = True

@@ -222,6 +222,7 @@ class Spiller(State):
             if self._on_overflow is not None:
                 for entry in unwritten:
                     self._on_overflow(entry.key)
+                unwritten = [entry for entry in unwritten if entry.alive]  # it may have deleted or replaced some
             room -= sum([entry.size for entry in unwritten])
             along = self._tier.queued(self._dirty, SMALL, room) if room > 0 else []
             if spare is not None and spare.dirty:

@@ -485,17 +485,24 @@ settle_rows(PyObject *Py_UNUSED(module), PyObject *args)
             Py_CLEAR(stuck);
             break;
         }
-        PyObject *places[] = {unsure, dirty};
-        int found = 0;
         Py_INCREF(entry);
-        for (int j = 0; j < 2 && found >= 0; j++) {
-            found = PyDict_Contains(places[j], entry->key);
-            if (found > 0 && PyDict_DelItem(places[j], entry->key) < 0) {
-                found = -1;
-            }
-            if (j == 0 && found == 0 && entry->stored != Py_True) {
-                n_new++;
-            }
+        int found = PyDict_Contains(unsure, entry->key);
+        if (found > 0) {
+            found = PyDict_DelItem(unsure, entry->key);
+        }
+        else if (found == 0 && entry->stored != Py_True) {
+            n_new++;
+        }
+        Entry *newer = found < 0 ? NULL : (Entry *)PyDict_GetItemWithError(dirty, entry->key);
+        if (newer == entry) {
+            found = PyDict_DelItem(dirty, entry->key);
+        }
+        else if (newer != NULL && Py_IS_TYPE(newer, &Entry_Type)) {
+            Py_SETREF(newer->stored, Py_NewRef(Py_True));
+            newer->fresh = 0;
+        }
+        else if (PyErr_Occurred()) {
+            found = -1;
         }
         entry->version = version;
         Py_SETREF(entry->baseline, Py_NewRef(PyList_GET_ITEM(baselines, i)));

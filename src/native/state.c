@@ -218,18 +218,30 @@ is_left_to_python(void)
     return 0;
 }
 
+static inline int
+is_dict(PyObject *object)
+{
+    return object != NULL && PyDict_CheckExact(object);
+}
+
+/* Whether, under the lock, all is as it mostly is; an exception may be set if not. Subclasses may name their attributes so. */
+static int
+is_simple(State *self)
+{
+    return !self->closed && self->plain && self->transaction == Py_None && is_dict(self->entries) && is_dict(self->dirty) &&
+           is_dict(self->unsure) && is_dict(self->tombs) && PyDict_GET_SIZE(self->tombs) == 0 && PyObject_Size(self->lent) == 0;
+}
+
 /* The record of a key under the lock, None where there is none; NULL where it is not that simple, maybe with an exception. */
 static PyObject *
 fetch(State *self, PyObject *key)
 {
-    if (self->closed || self->transaction != Py_None || !self->plain || PyObject_Size(self->lent) != 0 ||
-        PyDict_GET_SIZE(self->tombs) != 0 || self->view.obj == NULL ||
-        *(volatile unsigned long long *)self->view.buf != self->seen) {
+    if (!is_simple(self) || self->view.obj == NULL || *(volatile unsigned long long *)self->view.buf != self->seen) {
         return NULL;
     }
     int here = PyDict_Contains(self->entries, key);
     PyObject *name = here == 0 ? simple_name(key) : NULL;
-    PyObject *index = name == NULL ? NULL : PyObject_GetAttr(self->store, text_index);
+    PyObject *index = name == NULL || self->store == NULL ? NULL : PyObject_GetAttr(self->store, text_index);
     PyObject *record = index == NULL ? NULL : PyObject_CallMethodOneArg(index, text_get, name);
     Py_XDECREF(index);
     Py_XDECREF(name);
@@ -250,7 +262,7 @@ admit(State *self, PyObject *key, PyObject *record)
     if (PyErr_Occurred() || (kind != 0 && kind != 1) || !PyBytes_CheckExact(body)) { /* PACKED, LOOSE */
         return NULL;
     }
-    PyObject *codec = PyObject_GetAttr(self->store, text_codec);
+    PyObject *codec = self->store == NULL ? NULL : PyObject_GetAttr(self->store, text_codec);
     PyObject *loads = codec == NULL ? NULL : PyObject_GetAttr(codec, text_loads);
     PyObject *value = loads == NULL ? NULL : PyObject_CallOneArg(loads, body);
     Py_XDECREF(codec);
@@ -279,12 +291,11 @@ admit(State *self, PyObject *key, PyObject *record)
         Py_XDECREF(number);
         Py_XDECREF(result);
     }
-    if (result == NULL || tier->usage + needed > tier->limit || PyDict_Contains(self->entries, key) != 0) {
-        Py_DECREF(value);
-        return NULL;
-    }
-    Entry *entry = entry_new(key, value, size);
-    if (entry == NULL) {
+    Entry *entry = result == NULL ? NULL : entry_new(key, value, size);
+    /* Whatever may run code of the user's, the collector for one, lies behind: has it written the key? */
+    if (entry == NULL || self->closed || self->transaction != Py_None || tier->usage + needed > tier->limit ||
+        PyDict_GET_SIZE(self->tombs) != 0 || PyDict_Contains(tier->entries, key) != 0) {
+        Py_XDECREF(entry);
         Py_DECREF(value);
         return NULL;
     }
@@ -383,16 +394,12 @@ new_place(State *self)
     return place;
 }
 
-/* Set a key under the lock, if that is simple: 1 if it is done, 0 if it is not, -1 with an exception set. */
+/* Set the key of an entry, if that is simple: 1 if it is done, 0 if it is not, -1 with an exception set. */
 static int
-set_simply(State *self, PyObject *key, PyObject *value, long long size)
+set_simply(State *self, Entry *entry)
 {
     Tier *tier = (Tier *)self->tier;
-    if (self->closed || !self->plain || self->transaction != Py_None || self->failed != Py_None ||
-        PyObject_Size(self->lent) != 0 || PyDict_GET_SIZE(self->tombs) != 0) {
-        return 0;
-    }
-    PyObject *found = PyDict_GetItemWithError(tier->entries, key);
+    PyObject *found = PyDict_GetItemWithError(tier->entries, entry->key);
     if (found == NULL && PyErr_Occurred()) {
         return -1;
     }
@@ -400,12 +407,8 @@ set_simply(State *self, PyObject *key, PyObject *value, long long size)
         return 0;
     }
     Entry *old = (Entry *)found;
-    if (tier->usage + size - (old ? old->size : 0) + entry_bytes + 1024 > tier->limit) { /* 1024: for the key */
+    if (tier->usage + entry->size - (old ? old->size : 0) + entry_bytes + 1024 > tier->limit) { /* 1024: for the key */
         return 0;
-    }
-    Entry *entry = entry_new(old ? old->key : key, value, size);
-    if (entry == NULL) {
-        return -1;
     }
     entry->dirty = 1;
     entry->epoch = self->epoch;
@@ -416,14 +419,13 @@ set_simply(State *self, PyObject *key, PyObject *value, long long size)
         entry->seq = old->seq;
         entry->fresh = old->fresh;
         Py_SETREF(entry->stored, Py_NewRef(old->stored));
+        Py_SETREF(entry->key, Py_NewRef(old->key)); /* the caller still has the other one */
     }
     int unsure = entry->stored == Py_None ? 1 : PyDict_Contains(self->unsure, entry->key);
     if (unsure < 0 || (unsure && PyDict_SetItem(self->unsure, entry->key, (PyObject *)entry) < 0) ||
         PyDict_SetItem(self->dirty, entry->key, (PyObject *)entry) < 0 || tier_add(tier, entry) < 0) {
-        Py_DECREF(entry);
         return -1;
     }
-    Py_DECREF(entry);
     return 1;
 }
 
@@ -438,8 +440,10 @@ State_ass_subscript(State *self, PyObject *key, PyObject *value)
     }
     PyObject *lock = self->write_through ? NULL : enter(self, key);
     if (lock != NULL) {
-        long long size = size_of_value(value); /* which may run code of the user's: first */
-        int done = size < 0 ? -1 : set_simply(self, key, value, size);
+        long long size = size_of_value(value); /* which may run code of the user's, as making an entry may: first */
+        Entry *entry = size < 0 ? NULL : entry_new(key, value, size);
+        int done = entry == NULL ? -1 : is_simple(self) && self->failed == Py_None ? set_simply(self, entry) : 0;
+        Py_XDECREF(entry);
         if (leave(lock) < 0) {
             return -1;
         }

@@ -2,7 +2,8 @@
 
    Two things are easier here. Nothing interrupts a C function, so it need not finish without calls. And an entry in a list is
    found from its link, so that the ends of the lists are links and no entries. What is as careful as in Python: whenever a
-   reference is dropped, code of the user's may run and come back to the tier, so it is whole by then. */
+   reference is dropped, code of the user's may run and come back to the tier, so it is whole by then. What is more careful,
+   since a link that leads nowhere would be a crash: while a key is looked up, which may run such code too, nothing is added. */
 
 #include "tier.h"
 
@@ -109,10 +110,11 @@ Entry_traverse(Entry *self, visitproc visit, void *arg)
 static int
 Entry_clear(Entry *self)
 {
-    /* Not the key, which is immutable and may be needed to take the entry out of a dict. */
-    Py_CLEAR(self->value);
-    Py_CLEAR(self->baseline);
-    Py_CLEAR(self->stored);
+    /* Not the key, which is immutable and may be needed to take the entry out of a dict. None is ever missing: a tier that is
+       being collected may still be asked. */
+    Py_SETREF(self->value, Py_NewRef(Py_None));
+    Py_SETREF(self->baseline, Py_NewRef(Py_None));
+    Py_SETREF(self->stored, Py_NewRef(Py_None));
     return 0;
 }
 
@@ -121,7 +123,9 @@ Entry_dealloc(Entry *self)
 {
     PyObject_GC_UnTrack(self);
     Py_TRASHCAN_BEGIN(self, Entry_dealloc)
-    Entry_clear(self);
+    Py_CLEAR(self->value);
+    Py_CLEAR(self->baseline);
+    Py_CLEAR(self->stored);
     Py_CLEAR(self->key);
     PyObject_GC_Del(self);
     Py_TRASHCAN_END
@@ -460,35 +464,41 @@ tier_add(Tier *self, Entry *entry)
         PyErr_Format(PyExc_ValueError, "%R is in a tier already", entry);
         return -1;
     }
-    Entry *old = entry_at(self, entry->key);
-    if (old == NULL) {
-        if (PyErr_Occurred() || measure_key(entry) < 0 ||
-            PyDict_SetItem(self->entries, entry->key, (PyObject *)entry) < 0) {
-            return -1;
-        }
-        entry->alive = 1;
-        append_entry(self, (Entry *)Py_NewRef(entry), class_of(entry, entry->f + entry->dirty));
-        count_bytes(self, entry->size, entry->key_bytes + entry_bytes);
-        return 0;
-    }
-    /* It takes the very place of the old one, and is queued anew from there. */
-    Py_INCREF(old);
-    if (PyDict_SetItem(self->entries, old->key, (PyObject *)entry) < 0) {
-        Py_DECREF(old);
+    if (self->busy) {
+        PyErr_SetString(PyExc_RuntimeError, "a key's __hash__, __eq__ or __sizeof__ changed the chest that it is looked up in");
         return -1;
     }
-    PyObject *key = entry->key;
-    entry->key = Py_NewRef(old->key);
-    entry->key_bytes = old->key_bytes;
-    entry->f = old->f;
-    unlink_entry(self, old);
-    old->alive = 0;
+    self->busy = 1;
+    Entry *old = (Entry *)Py_XNewRef((PyObject *)entry_at(self, entry->key));
+    int bad = old == NULL ? PyErr_Occurred() || measure_key(entry) < 0 : 0;
+    bad = bad || PyDict_SetItem(self->entries, old == NULL ? entry->key : old->key, (PyObject *)entry) < 0;
+    self->busy = 0;
+    if (bad) {
+        Py_XDECREF(old);
+        return -1;
+    }
+    PyObject *key = NULL;
+    long long values = entry->size, bookkeeping = entry_bytes;
+    if (old != NULL) {
+        key = entry->key;
+        entry->key = Py_NewRef(old->key);
+        entry->key_bytes = old->key_bytes;
+        entry->f = old->f;
+    }
+    bookkeeping += entry->key_bytes;
+    if (old != NULL && old->alive) { /* else it was taken out while its key was looked up */
+        /* It takes the very place of the old one, and is queued anew from there. */
+        unlink_entry(self, old);
+        old->alive = 0;
+        values -= old->size;
+        bookkeeping = 0;
+        Py_DECREF(old); /* the list's */
+    }
     entry->alive = 1;
     append_entry(self, (Entry *)Py_NewRef(entry), class_of(entry, entry->f + entry->dirty));
-    count_bytes(self, entry->size - old->size, 0);
-    Py_DECREF(key);
-    Py_DECREF(old); /* the list's */
-    Py_DECREF(old);
+    count_bytes(self, values, bookkeeping);
+    Py_XDECREF(key);
+    Py_XDECREF(old);
     return 0;
 }
 
@@ -496,10 +506,18 @@ tier_add(Tier *self, Entry *entry)
 static int
 take_out(Tier *self, Entry *entry)
 {
+    char busy = self->busy;
     Py_INCREF(entry);
-    if (PyDict_DelItem(self->entries, entry->key) < 0) {
+    self->busy = 1; /* else another one could come under its key, and be lost */
+    int bad = PyDict_DelItem(self->entries, entry->key) < 0;
+    self->busy = busy;
+    if (bad && (entry->alive || !PyErr_ExceptionMatches(PyExc_KeyError))) {
         Py_DECREF(entry);
         return -1;
+    }
+    if (!entry->alive) { /* it was taken out while its key was looked up */
+        PyErr_Clear();
+        return 0;
     }
     entry->alive = 0;
     unlink_entry(self, entry);

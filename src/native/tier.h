@@ -35,6 +35,7 @@ typedef struct {
     long long free; /* of the bookkeeping, what does not count */
     long long heads[N_CLASSES + 1];
     Link ends[N_LISTS];
+    char busy; /* looking up a key that it adds or takes out */
 } Tier;
 
 extern PyTypeObject Entry_Type, Tier_Type;
