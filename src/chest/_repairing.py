@@ -146,11 +146,10 @@ class _Spooled(Iterator[Problem]):
         self._trust = trust
 
     def add(self, problem: Problem) -> None:
-        dumps, _ = self._trust.spooled()
         try:
-            data = dumps(tuple(problem))
+            data = self._trust.packed(tuple(problem))
         except Exception:
-            data = dumps(tuple(problem._replace(key=short(problem.key))))
+            data = self._trust.packed(tuple(problem._replace(key=short(problem.key))))
         self._file.write(len(data).to_bytes(8, "little") + data)
 
     def __next__(self) -> Problem:
@@ -161,7 +160,7 @@ class _Spooled(Iterator[Problem]):
         if not head:
             self._file.close()
             raise StopIteration
-        return Problem(*self._trust.spooled()[1](self._file.read(int.from_bytes(head, "little"))))
+        return Problem(*self._trust.unpacked(self._file.read(int.from_bytes(head, "little"))))
 
     def __del__(self) -> None:
         self._file.close()

@@ -269,10 +269,18 @@ class Trust:
 
     # --- problems in a file, for as long as a repair takes
 
-    def spooled(self) -> tuple[Callable[[Any], bytes], Callable[[bytes], Any]]:
-        """How keys are kept meanwhile: by this process, for itself, but as the chest does it."""
+    def packed(self, problem: Any) -> bytes:
+        """What this process keeps for itself. Keys of ``safe`` chests are not even pickled for that."""
         if self.serializer == "safe":
             codec = resolve("safe", None, None, "b")
             assert codec is not None
-            return codec.dumps, codec.loads
-        return pickle.dumps, pickle.loads
+            return b"s" + codec.dumps(problem)
+        return b"p" + pickle.dumps(problem)
+
+    @staticmethod
+    def unpacked(data: bytes) -> Any:
+        if data[:1] == b"p":
+            return pickle.loads(data[1:])
+        codec = resolve("safe", None, None, "b")
+        assert codec is not None
+        return codec.loads(data[1:])
