@@ -30,10 +30,12 @@ LAYERS = [
     ["_native"],  # compiled
     ["_hot"],
     ["engines", "engines.*", "serializers", "serializers.*", "_records", "_sealed"],
-    ["_reading", "_value_files"],
+    ["_reading", "_trust", "_value_files"],
+    ["_check_files"],
     ["_publishing"],
     ["_store"],
     ["_aside", "_backup", "_checking", "_opening", "_spilling"],
+    ["_gathering"],
     ["_rebuilding"],
     ["_repairing"],
     ["_keeper"],

@@ -355,7 +355,7 @@ DAMAGES = [
     Damage(wrong_typed_key, {"key"}, []),
     Damage(forge_label, {"record", "orphan"}, ["a"]),
     Damage(lambda path: forge_label(path, b"/etc/passwd"), {"record", "orphan"}, ["a"]),
-    Damage(lambda path: forge_label(path, b"a\0b"), {"record", "orphan"}, ["a"]),
+    Damage(lambda path: forge_label(path, b"a\0b"), {"record"}, ["a"]),  # which is no label any more
     Damage(lambda path: forge_label(path, b".keys/data.mdb"), {"record", "orphan"}, ["a"]),
     Damage(forge_blob, {"record"}, ["a"]),
     Damage(forge_kind, {"record", "orphan"}, ["b"]),

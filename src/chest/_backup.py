@@ -17,6 +17,7 @@ import contextlib
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from typing import Any
 
 from . import _fs
@@ -33,8 +34,11 @@ __all__ = ["backup"]
 _FEW = 1000  # keys read at a time
 
 
-def backup(store: Store, index: LmdbIndex, dest: str) -> None:
-    """A chest lies at ``dest`` that holds what this one held at one instant; durable on return."""
+def backup(store: Store, index: LmdbIndex, dest: str, opened: Callable[[Index], Index]) -> None:
+    """A chest lies at ``dest`` that holds what this one held at one instant; durable on return.
+
+    ``opened`` gives the index as it is read, where it is sealed. What is copied is sealed as before: names count, not places.
+    """
     dest = os.path.abspath(dest)
     parent, base = os.path.split(dest)
     if os.path.lexists(dest) and (os.path.islink(dest) or not os.path.isdir(dest) or os.listdir(dest)):
@@ -47,7 +51,7 @@ def backup(store: Store, index: LmdbIndex, dest: str) -> None:
         work, owner = _begin(parent, base)
         try:
             try:
-                _fill(store, index, work)
+                _fill(store, index, work, opened)
             finally:
                 owner.release()
             os.rename(work, dest)
@@ -86,7 +90,7 @@ def _sweep(parent: str, base: str) -> None:
                     os.rmdir(path)
 
 
-def _fill(store: Store, index: LmdbIndex, work: str) -> None:
+def _fill(store: Store, index: LmdbIndex, work: str, opened: Callable[[Index], Index]) -> None:
     keys = os.path.join(work, ".keys")
     os.mkdir(keys, 0o700)
     generation = os.open(os.path.join(keys, "generation"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -94,13 +98,13 @@ def _fill(store: Store, index: LmdbIndex, work: str) -> None:
         _fs.write_all(generation, bytes(8))
         copy = _Copy(store, work)
         version = index.version()
-        copy.take_all(index)
+        copy.take_all(opened(index))
         store.settle()
         data = os.path.join(keys, "data")
         fd = os.open(data, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with index.transaction() as held:
-                copy.take_changed(held, version)
+                copy.take_changed(opened(held), version)
                 newest = held.version()
                 index.copy_to(fd)
             newest = renumber(data, newest)

@@ -420,7 +420,7 @@ def inflate(method: Method, parts: Iterable[Any], size: int, stored: int) -> mem
     target = private_memory(size)
     try:
         n = method.inflate(parts, target)
-    except (ChestError, MemoryError):
+    except (ChestError, MemoryError, OSError):
         raise
     except Exception as error:  # each library has its own
         raise CorruptError(f"it cannot be decompressed by {method.name}: {short(error, 200)}") from error

@@ -167,7 +167,8 @@ def open_file(seal: Seal | None, kind: int, name: bytes, view: memoryview, plain
 
     Args:
         seal: of the chest.
-        kind, name, plain, said: what the record says.
+        kind, plain, said: what the record says.
+        name: whose record it is, in the index.
         view: the file.
 
     Raises:
@@ -180,7 +181,7 @@ def open_file(seal: Seal | None, kind: int, name: bytes, view: memoryview, plain
     if seal is not None:
         if not said:
             raise TamperedError("it has no seal")
-        parts = seal.read(view, seal.name(name), said, private_memory)
+        parts = seal.read(view, name, said, private_memory)
         stored = seal.plain_size(len(view))
     elif said:
         raise CorruptError("it was written with a key, and the chest has none")

@@ -19,6 +19,7 @@ KINDS = {
     "log": "what the last commits were about is forgotten: those who follow changes look through all keys once",
     "copy": "what lies in the place of a readable copy is set aside",
     "generation": "the number of the newest commit is put in",
+    "seal": "",
     "old-format": "",  # the first write upgrades it
     "format": "",
     "unreadable": "",

@@ -207,7 +207,8 @@ class Reader:
             again = None
             seal = None if self._envelope is None else self._envelope.seal
             if record.kind > BLOB or seal is not None or ref.seal:
-                again = partial(open_file, seal, record.kind, name, view, ref.plain, ref.seal)
+                stored = name if seal is None else seal.name(name)
+                again = partial(open_file, seal, record.kind, stored, view, ref.plain, ref.seal)
                 view = again()
             if self._files is not None:
                 value, layout = self._files.load(view, verify=self._verify or again is not None, digest=ref.digest or None)

@@ -22,38 +22,38 @@ from typing import Any
 from xxhash import xxh3_64_digest, xxh3_128_digest
 
 from . import _fs, _keys
-from ._aside import Aside
-from ._records import BLOB, Ref, key_note, pack_note, unpack_note
-from ._value_files import File, ValueFile, look_into, open_to_read, value_files
+from ._compression import by_number
+from ._gathering import Gathered, label_at
+from ._records import BLOB, KIND, Ref, key_note, pack_note
+from ._trust import SEAL
+from ._value_files import File, ValueFile, look_into, open_to_read, value_files, walk
 from .abc import Record
 from .engines._cursors import place as place_of
-from .engines._files import FileBlobs
 from .engines._labels import below, parts_of
 from .engines._pages import Damage, Pages
-from .engines._readonly import unpack_order, unpack_record
-from .engines._salvage import Draft, salvaged
-from .errors import ChestError, CorruptError
+from .engines._readonly import unpack_record
+from .engines._salvage import Draft
+from .errors import ChestError, CorruptError, MissingExtraError
 
 __all__ = ["Rebuild", "set_generation"]
 
+_MANY = 1000  # files that are tried
 
-class Rebuild:
+
+class Rebuild(Gathered):
     """See the module's head. Whoever calls has the chest to himself.
 
-    ``extra`` of the draft holds, by prefix: ``t`` typed keys by name and place (and by name alone), ``f`` value files by name
-    and content, ``n`` the newest value file of each name, ``u`` labels that are to be unlinked, ``m`` moves, ``d`` names whose
-    value is lost.
+    Records and keys of a sealed chest stay as they were sealed: they are bound to names, and not to places.
     """
 
-    def __init__(self, path: str, aside: Aside) -> None:
-        self._path = path
-        self._keys = os.path.join(path, ".keys")
-        self._aside = aside
-        self._blobs = FileBlobs(path)
-        self._newest = 0  # version
-        self._draft: Draft
-
     def run(self) -> None:
+        """Make the new index.
+
+        Raises:
+            WrongKeyError, CorruptError, SerializerMismatchError: it cannot be made of what there is, or not without the key.
+                Nothing has changed.
+        """
+        self._settle()
         draft_name, fd = self._blobs._create()
         os.close(fd)
         name, fd = self._blobs._create()
@@ -63,6 +63,7 @@ class Rebuild:
                 self._read_index()
                 self._read_files()
                 self._judge_records()
+                self._set_aside_the_wrong()
                 self._revive()
                 self._enter_order()
                 self._enter_settings()
@@ -85,110 +86,15 @@ class Rebuild:
             self._blobs.remove([draft_name, name])
             self._blobs.close()
 
-    # --- what there is
-
-    def _read_index(self) -> None:
-        try:
-            pages = Pages(os.path.join(self._keys, "data.mdb"))
-        except (OSError, CorruptError):
-            return
-        try:
-            with contextlib.suppress(Damage):
-                self._newest = pages.snapshot().version
-            for database, key, value in salvaged(pages):
-                self._take(database or self._guess(key, value), key, value)
-        finally:
-            pages.close()
-
-    def _guess(self, key: bytes, value: bytes) -> bytes:
-        """The database that an entry must have come from."""
-        if len(value) < 8 or xxh3_64_digest(key + value[:-8]) != value[-8:]:
-            return b""
-        if key in (b"format", b"serializer", b"folds") and len(value) < 100:
-            return b"meta"
-        item = unpack_order(key, value)
-        if (
-            item is not None
-            and item.seq >> 32
-            and (item.typed[:2] == b"\x80\x05" or (not item.typed and self._is_name(item.name)))
-        ):
-            return b"order"
-        record = unpack_record(key, value)
-        return b"index" if record is not None and record.kind & 3 <= BLOB and len(key) <= 511 else b""
-
-    @staticmethod
-    def _is_name(name: bytes) -> bool:
-        try:
-            _keys.decode(name, b"")
-        except ChestError:
-            return False
-        return True
-
-    def _take(self, database: bytes, key: bytes, value: bytes) -> None:
-        draft = self._draft
-        if database == b"index":
-            record = unpack_record(key, value)
-            if record is None:
-                if draft.get(b"index", key) is None:
-                    self._aside.keep(key, value, "its checksum fails")
-                return
-            known = draft.get(b"index", key)
-            old = None if known is None else unpack_record(key, known)
-            if old is None or old.version < record.version:
-                draft.put(b"index", key, value)
-            self._newest = max(self._newest, record.version)
-        elif database == b"order":
-            item = unpack_order(key, value)
-            if item is not None and item.typed and self._gives(item.name, item.typed):
-                draft.put(b"extra", self._typed_at(item.name, item.seq), item.typed)
-                draft.put(b"extra", self._typed_at(item.name), item.typed)
-        elif database in (b"pending", b"meta") and len(value) >= 8 and xxh3_64_digest(key + value[:-8]) == value[-8:]:
-            if database == b"pending":
-                try:
-                    _, blob, label = unpack_note(value[:-8])
-                    if blob:
-                        self._blobs.path(blob, "")
-                    if label:
-                        parts_of(label)
-                        draft.put(b"extra", b"u" + xxh3_128_digest(label.encode("utf-8", "surrogatepass")), b"1")
-                except CorruptError:
-                    return
-            draft.put(database, key, value)
-
-    @staticmethod
-    def _typed_at(name: bytes, seq: int | None = None) -> bytes:
-        return b"t" + xxh3_128_digest(name + (b"" if seq is None else place_of(seq)))
-
-    def _read_files(self) -> None:
-        """What the value files say of themselves; those that were never published come first, and count less."""
-        new = os.path.join(self._keys, "new")
-        for name in os.listdir(new) if os.path.isdir(new) else ():
-            with contextlib.suppress(OSError, CorruptError), open_to_read(os.path.join(new, name)) as file:
-                found = look_into(file, "", lambda *_: None)
-                if found is not None:
-                    self._enter_file(found, name)
-        for found in value_files(self._path, lambda *_: None):
-            self._enter_file(found, "")
-
-    def _enter_file(self, file: ValueFile, blob: str) -> None:
-        draft = self._draft
-        about: dict[str, Any] = {"label": file.label, "blob": blob, "name": file.name.hex(), "typed": file.typed.hex()}
-        about |= {"size": file.layout.size, "digest": file.layout.digest, "changed": file.changed_ns}
-        data = json.dumps(about).encode()
-        draft.put(b"extra", b"f" + xxh3_128_digest(file.name + file.layout.digest.to_bytes(8, "little")), data)
-        known = draft.get(b"extra", b"n" + xxh3_128_digest(file.name))
-        old = {} if known is None else json.loads(known)
-        if not old or (not blob, file.changed_ns) > (not old["blob"], old["changed"]):
-            draft.put(b"extra", b"n" + xxh3_128_digest(file.name), data)
-        if file.typed and draft.get(b"extra", self._typed_at(file.name)) is None:
-            draft.put(b"extra", self._typed_at(file.name), file.typed)
-
     def _whole(self, about: dict[str, Any]) -> bool:
-        ref = Ref(about["size"], about["digest"], "0", about["label"])
+        ref = Ref(about["size"], about["digest"], "0", about["label"], about["plain"])
+        return self._is_whole(about["blob"] or "0", about["label"], ref, about["method"] << 2)
+
+    def _is_whole(self, blob: str, label: str, ref: Ref, kind: int, name: bytes = b"") -> bool:
         try:
-            with self._open(about["blob"] or "0", about["label"]) as file:
-                file.refuse_other(ref)
-        except (OSError, ChestError):
+            with self._open(blob, label) as file:
+                file.refuse_other(ref, kind, name, self._trust.seal)
+        except (OSError, ChestError, MemoryError):
             return False
         return True
 
@@ -210,84 +116,115 @@ class Rebuild:
         """What gives a key back where its name does not: from its place in the order, another place, or its file."""
         for place in (self._typed_at(name, seq), self._typed_at(name)):
             found = self._draft.get(b"extra", place)
-            if found is not None and self._gives(name, found):
+            if found is not None and self._trust.gives(name, found):
                 return found
         return b""
 
-    @staticmethod
-    def _gives(name: bytes, typed: bytes) -> bool:
-        try:
-            key = _keys.decode(name, typed)
-            return name[:1] == _keys.OPAQUE_PREFIX or _keys.name_of(key) == name
-        except CorruptError:
-            return False
-        except ChestError:
-            return True  # its class is not here
-
     def _problem(self, name: bytes, record: Record) -> str:
         """Why nothing can be made of a record; "" if it is right, or is now."""
+        typed = self._typed(name, record.seq)
         try:
-            key = _keys.decode(name, self._typed(name, record.seq))
-            del key
+            if self._trust.hides and not typed:
+                raise CorruptError("in an encrypted chest only the order knows it")
+            if typed or self._trust.seal is None:
+                self._trust.decode(*self._trust.key(name, typed))
+            else:
+                _keys.decode(name, b"")
         except CorruptError as error:
             return f"its key is lost: {error}"
         except ChestError:
             pass
-        if record.kind & 3 < BLOB:
+        if record.kind & KIND < BLOB:
             return ""
-        if record.kind & 3 > BLOB:
+        if record.kind & KIND > BLOB:
             return "there is no such kind of record"
         try:
-            ref = Ref.unpack(record.body)
+            ref = Ref.unpack(self._trust.record(name, record).body)
             parts_of(ref.label)
             self._blobs.path(ref.blob, ref.label)
         except CorruptError as error:  # a value file may know better
             return f"it refers to no value file: {error}"
         try:
+            by_number(record.kind >> 2) if record.kind >> 2 else None
+        except CorruptError:
+            return self._use(ref)  # of a newer version
+        try:
             with self._open(ref.blob, ref.label) as file:
-                file.refuse_other(ref)
+                file.refuse_other(ref, record.kind, name, self._trust.seal)
             if os.path.lexists(self._blobs.path(ref.blob, "", new=True)):
-                self._note(name, ref.blob)
-            return ""
+                self._note(self._true_name(name, typed), ref.blob)
+            return self._use(ref)
         except FileNotFoundError:
             problem = "its value file is missing"
         except CorruptError as error:
             problem = f"its value file is damaged: {error}"
-        except OSError:
-            return ""  # it can be read by somebody else, perhaps
-        found = self._draft.get(b"extra", b"f" + xxh3_128_digest(name + ref.digest.to_bytes(8, "little")))
-        about = None if found is None else json.loads(found)
-        if about is not None and self._whole(about) and not about["blob"]:
-            self._draft.put(b"extra", b"m" + ref.blob.encode(), json.dumps(about["label"]).encode())
-            self._note(name, ref.blob)
+        except (OSError, MissingExtraError, MemoryError):
+            return self._use(ref)  # it can be read by somebody else, perhaps
+        elsewhere = self._found(name, ref, record.kind)
+        if elsewhere is not None:
+            self._draft.put(b"extra", b"m" + ref.blob.encode(), json.dumps(elsewhere).encode())
+            self._draft.put(b"extra", label_at(b"l", elsewhere), b"1")
+            self._note(self._true_name(name, typed), ref.blob)
             return ""
         self._draft.put(b"extra", b"d" + xxh3_128_digest(name), b"1")
         with contextlib.suppress(OSError, ChestError):
             path = self._blobs.path(ref.blob, "", new=True)
             if os.path.lexists(path):
                 self._aside.move(path, problem)
-        with contextlib.suppress(OSError, ChestError):
-            with below(self._path, ref.label) as (folder, last):
-                mode = os.stat(last, dir_fd=folder, follow_symlinks=False).st_mode
-            if stat.S_ISREG(mode) and not self._is_used(ref.label):
-                self._aside.move_label(self._path, ref.label, f"the value of the key named {name!r}: {problem}")
+        why = f"the value of the key named {name!r}: {problem}"
+        self._draft.put(b"extra", label_at(b"w", ref.label), json.dumps([ref.label, why]).encode())
         return problem
 
+    def _true_name(self, name: bytes, typed: bytes) -> bytes:
+        return self._trust.key(name, typed)[0] if typed else name
+
+    def _use(self, ref: Ref) -> str:
+        self._draft.put(b"extra", label_at(b"l", ref.label), b"1")
+        return ""
+
+    def _found(self, name: bytes, ref: Ref, kind: int) -> str | None:
+        """Where the value file of a record lies under another name."""
+        if self._trust.seal is None:
+            data = self._draft.get(b"extra", b"f" + xxh3_128_digest(name + ref.digest.to_bytes(8, "little")))
+            about = None if data is None else json.loads(data)
+            return about["label"] if about is not None and not about["blob"] and self._whole(about) else None
+        for number, (_, data) in enumerate(self._draft.pairs(b"extra", b"z" + place_of(ref.size))):
+            label: str = json.loads(data)
+            if self._is_whole("0", label, ref, kind, name):
+                return label
+            if number >= _MANY:
+                break
+        return None
+
+    def _set_aside_the_wrong(self) -> None:
+        """What lies in the place of a lost value, unless it is the value of another key: somebody may have exchanged files."""
+        for _, data in self._draft.pairs(b"extra", b"w"):
+            label, why = json.loads(data)
+            with contextlib.suppress(OSError, ChestError):
+                with below(self._path, label) as (folder, last):
+                    mode = os.stat(last, dir_fd=folder, follow_symlinks=False).st_mode
+                if stat.S_ISREG(mode) and not self._is_used(label):
+                    self._aside.move_label(self._path, label, why)
+
     def _is_used(self, label: str) -> bool:
-        """Whether a file is whole and the value of a key: somebody has exchanged files."""
+        """Whether a file is whole and the value of a key."""
+        if self._draft.get(b"extra", label_at(b"l", label)) is not None:
+            return True
+        if self._trust.seal is not None:
+            return False
         try:
             with below(self._path, label) as (folder, last), open_to_read(last, folder) as file:
-                found = look_into(file, label, lambda *_: None)
+                found = look_into(file, label, lambda *_: None, lambda _: True)
         except (OSError, ChestError):
             return False
-        return found is not None
+        return found is not None and self._trust.owns(found.start)
 
     def _note(self, name: bytes, blob: str) -> None:
-        """Its value file is to get its own name."""
+        """The value file of the key with this true name is to get its own."""
         n = self._draft.count(b"pending")
         while self._draft.get(b"pending", place_of(n)) is not None:
             n += 1
-        note = pack_note(name, blob, "")
+        note = self._trust.sealed_note(pack_note(name, blob, ""))
         self._draft.put(b"pending", place_of(n), note + xxh3_64_digest(place_of(n) + note))
 
     def _revive(self) -> None:
@@ -300,10 +237,10 @@ class Rebuild:
                 or self._draft.get(b"extra", b"d" + xxh3_128_digest(name)) is not None
             ):
                 continue
-            if label and self._draft.get(b"extra", b"u" + xxh3_128_digest(label.encode("utf-8", "surrogatepass"))) is not None:
+            if label and self._draft.get(b"extra", label_at(b"u", label)) is not None:
                 continue  # it was deleted; only the file was still there
             try:
-                key = _keys.decode(name, bytes.fromhex(about["typed"]))
+                key = self._trust.decode(name, bytes.fromhex(about["typed"]))
             except CorruptError:
                 continue
             except ChestError:
@@ -314,14 +251,41 @@ class Rebuild:
             if blob:
                 label = _keys.key_to_filename(key, name) if key is not None else "0" + xxh3_128_digest(name).hex()
                 self._note(name, blob)
-            ref = Ref(about["size"], about["digest"], blob or "0", label)
+            ref = Ref(about["size"], about["digest"], blob or "0", label, about["plain"])
             self._newest += 1
             seq = (about["changed"] // 1000) << 12
-            self._put(name, Record(self._newest, seq, BLOB, ref.pack()))
-        for found in value_files(self._path, lambda *_: None):
+            self._use(ref)
+            self._put(name, Record(self._newest, seq, BLOB | about["method"] << 2, ref.pack()))
+        if self._trust.seal is not None:
+            self._set_aside_the_nameless()
+            return
+
+        def opens(label: str) -> bool:
+            return self._draft.get(b"extra", label_at(b"l", label)) is None
+
+        for found in value_files(self._path, lambda *_: None, self._trust.owns, opens):
             if self._is_left_over(found):
                 why = f"an older value of the key named {found.name!r}" if self._has(found.name) else "its key is lost"
                 self._aside.move_label(self._path, found.label, why)
+
+    def _set_aside_the_nameless(self) -> None:
+        """Files that only somebody with the key can have written for a record, and that no record refers to any more.
+
+        Those of a signed chest say themselves whose they are, but nothing says that this is true.
+        """
+        left = []
+        for label, file in walk(self._path):
+            with contextlib.suppress(OSError, ChestError):
+                if self._draft.get(b"extra", label_at(b"l", label)) is None:
+                    start = file.part(slice(0, 16))
+                    if self._trust.is_encrypted(start) if self._trust.hides else self._is_ours(file, label):
+                        left.append(label)
+        for label in left:
+            self._aside.move_label(self._path, label, "no record that is to be trusted refers to it")
+
+    def _is_ours(self, file: File, label: str) -> bool:
+        found = look_into(file, label, lambda *_: None)
+        return found is not None and self._trust.owns(found.start)
 
     def _has(self, name: bytes) -> bool:
         return self._draft.get(b"index", name) is not None
@@ -329,7 +293,7 @@ class Rebuild:
     def _is_left_over(self, file: ValueFile) -> bool:
         data = self._draft.get(b"index", file.name)
         record = None if data is None else unpack_record(file.name, data)
-        if record is not None and record.kind & 3 == BLOB:
+        if record is not None and record.kind & KIND == BLOB:
             ref = Ref.unpack(record.body)
             if ref.label == file.label:
                 return False
@@ -362,15 +326,21 @@ class Rebuild:
             self._enter(place_of(last), name, record.seq)
 
     def _enter(self, place: bytes, name: bytes, seq: int) -> None:
-        data = key_note(name, self._typed(name, seq))
+        data = key_note(name, self._typed(name, seq) or self._trust.sealed_key(name))
         self._draft.put(b"order", place, data + xxh3_64_digest(place + data))
 
     def _enter_settings(self) -> None:
+        trust = self._trust
         folds = b"1" if _fs.folds_case(self._path) else b"0"
-        for name, setting in ((b"format", b"1"), (b"serializer", b"pickle"), (b"folds", folds)):
-            if self._draft.get(b"meta", name) is None:
-                self._draft.put(b"meta", name, setting + xxh3_64_digest(name + setting))
+        settings: dict[bytes, bytes | None] = dict(trust.settings)
+        for name, setting in ((b"format", b"1"), (b"serializer", (trust.serializer or "pickle").encode()), (b"folds", folds)):
+            if settings.setdefault(name, setting) == setting and name not in trust.settings:
                 self._aside.note(f"the setting {name!r} was lost, and is {setting!r} now")
+        if trust.seal is not None:
+            settings[SEAL] = trust.seal.signed_setting(dict(settings))
+        for name, value in settings.items():
+            assert value is not None
+            self._draft.put(b"meta", name, value + xxh3_64_digest(name + value))
 
 
 def set_generation(keys: str, at_least: int) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from .errors import ChestError, CorruptError, MissingExtraError, TamperedError, WrongKeyError
 
-__all__ = ["CIPHERS", "FILE", "KEY", "NOTE", "RECORD", "Seal", "Secret", "check_arguments", "checked"]
+__all__ = ["CIPHERS", "FILE", "FILE_MAGIC", "KEY", "NOTE", "RECORD", "TAG", "Seal", "Secret", "check_arguments", "checked"]
 
 CIPHERS = ("aes-gcm", "chacha20-poly1305")
 RECORD, KEY, NOTE, FILE = b"r", b"k", b"n", b"f"  # what messages are for
@@ -38,9 +38,10 @@ _SALT = 32
 _SESSION = 16
 _NONCE = 12
 _MESSAGES = 1 << 28  # of a session
+_CIPHER = 1 + _SALT + TAG  # where it begins in the setting
 _HEAD = struct.Struct("<ccBH")  # in front of what a message's tag covers: "1", purpose, kind, length of the name
-_FILE_MAGIC = b"CHESTe1\n"
-_FILE_HEAD = len(_FILE_MAGIC) + _SALT
+FILE_MAGIC = b"CHESTe1\n"
+_FILE_HEAD = len(FILE_MAGIC) + _SALT
 _TAMPERED = "it was not written with this chest's key, or was changed since"
 
 
@@ -154,22 +155,36 @@ class Seal:
         """
         if key is None:
             raise WrongKeyError(f"the chest at {path} is signed or encrypted: give the key= it was made with.", path=path)
-        start = 1 + _SALT + TAG
-        cipher = setting[start:-TAG].decode("ascii", "replace")
-        if setting[:1] != b"1" or len(setting) < start + TAG or cipher not in ("", *CIPHERS):
+        seal = cls.recognized(setting, key, path)
+        if not seal.has_signed(settings, setting):
+            raise TamperedError(
+                f"the settings of the chest at {path} were not written with its key: put it back from a backup.", path=path
+            )
+        return seal
+
+    @staticmethod
+    def cipher_of(setting: bytes, path: str) -> str:
+        """What a chest that remembers ``setting`` is encrypted by, "" if it is only signed. Raises CorruptError."""
+        cipher = setting[_CIPHER:-TAG].decode("ascii", "replace")
+        if setting[:1] != b"1" or len(setting) < _CIPHER + TAG or cipher not in ("", *CIPHERS):
             raise CorruptError(
                 f"the chest at {path} is sealed in a way that this version does not know: install a newer chest, or put it "
                 "back from a backup.",
                 path=path,
             )
-        seal = cls(key, setting[1 : 1 + _SALT], cipher)
-        if not hmac.compare_digest(seal.setting[1 + _SALT : start], setting[1 + _SALT : start]):
+        return cipher
+
+    @classmethod
+    def recognized(cls, setting: bytes, key: bytes, path: str) -> Seal:
+        """As ``unlock``, whatever the other settings are."""
+        seal = cls(key, setting[1 : 1 + _SALT], cls.cipher_of(setting, path))
+        if not hmac.compare_digest(seal.setting[1 + _SALT : _CIPHER], setting[1 + _SALT : _CIPHER]):
             raise WrongKeyError(f"this is not the key that the chest at {path} was made with: give that one.", path=path)
-        if not hmac.compare_digest(seal.signed_setting(settings), setting):
-            raise TamperedError(
-                f"the settings of the chest at {path} were not written with its key: put it back from a backup.", path=path
-            )
         return seal
+
+    def has_signed(self, settings: dict[bytes, bytes | None], setting: bytes) -> bool:
+        """Whether a chest that remembers ``setting`` had these other settings."""
+        return hmac.compare_digest(self.signed_setting(settings), setting)
 
     def signed_setting(self, settings: dict[bytes, bytes | None]) -> bytes:
         """``setting``, and a signature of it and the other settings of the chest."""
@@ -275,7 +290,7 @@ class Seal:
         if not self.hides:
             yield self._verified(view, head, said, memory)
             return
-        if len(said) != _SALT or bytes(view[:_FILE_HEAD]) != _FILE_MAGIC + said:
+        if len(said) != _SALT or bytes(view[:_FILE_HEAD]) != FILE_MAGIC + said:
             raise TamperedError(_TAMPERED)
         cipher = self._with_key(derive(self._files, said, b"file"))
         size = len(view)
@@ -330,7 +345,7 @@ class Encrypter:
         self._put = put
         self._number = 0
         self._held = bytearray()
-        put(_FILE_MAGIC + salt)
+        put(FILE_MAGIC + salt)
 
     def write(self, data: bytes) -> None:
         view = memoryview(data)

@@ -9,10 +9,11 @@ from typing import NamedTuple, TypeVar
 
 from . import _fs
 from ._backup import backup
-from ._checking import strays
+from ._check_files import strays
 from ._processes import Portable
-from ._repairing import Problem, check
+from ._repairing import Problem, found_by
 from ._sealed import SealedIndex
+from ._trust import Trust
 from .engines._legacy import LegacyIndex
 from .engines._lmdb import LmdbIndex
 from .errors import ChestError
@@ -39,14 +40,19 @@ class Stats(NamedTuple):
 class Upkeep(Portable[K, V]):
     """The part of a chest that is about its folder as a whole."""
 
+    _guarded: bool  # nobody who can write to the folder can run code in this process
+
     def check(self) -> Iterator[Problem]:
         """What is wrong with the folder, as ``chest.check`` finds it: of all that was committed, beside whoever writes.
 
-        What is unwritten in memory is not looked at. Nothing is written. To have it mended, close the chest and call
-        ``chest.check(path, repair=True)``.
+        It is read as this chest reads it: with its serializer, its allow-list and its key. What is unwritten in memory is not
+        looked at. Nothing is written. To have it mended, close the chest and call ``chest.check(path, repair=True)``.
         """
         self._usable()
-        return check(self.path)
+        store = self._store
+        index = store.index
+        seal = index.seal if isinstance(index, SealedIndex) else None
+        return found_by(Trust(self.path, store.codec, allow=self._given["allow"], seal=seal, guarded=self._guarded))
 
     def compact(self) -> int:
         """Give the room back to the disk that deleted and replaced values have left; the number of bytes.
@@ -68,9 +74,9 @@ class Upkeep(Portable[K, V]):
             store = self._store
             blobs = store.blobs
             if store.plain:
-                for label in list(strays(self.path)):
+                for label in list(strays(self.path, store.codec)):
                     with index.transaction():
-                        if label in strays(self.path, label):
+                        if label in strays(self.path, store.codec, label):
                             blobs.unlink(label)
             name, fd = blobs._create()
             try:
@@ -101,7 +107,8 @@ class Upkeep(Portable[K, V]):
         dest = os.fspath(dest)
         with self.lock:
             index = self._to_copy("backup")
-        backup(self._store, index, dest)
+        sealed = self._store.index
+        backup(self._store, index, dest, sealed.in_front_of if isinstance(sealed, SealedIndex) else lambda index: index)
 
     def _to_copy(self, method: str) -> LmdbIndex:
         """The index, with everything written."""

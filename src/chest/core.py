@@ -83,7 +83,8 @@ class Chest(Upkeep[K, V]):
             to somebody else. Writing is a ``ReadOnlyError``. Values may be changed in memory: ``sync``, ``flush`` and ``close``
             (which lets go of the folder all the same) raise then, and until then such values stay in memory.
         trusted: do not warn (``UnsafePathWarning``) where other users can write to the folder: whoever can may run code in the
-            name of those who read it, since that is what a pickle allows.
+            name of those who read it, since that is what a pickle allows. With ``serializer="safe"`` or a ``key`` it does not,
+            and nothing warns.
 
     Raises:
         PathError, NetworkPathError, SerializerMismatchError, FormatError, CorruptError: the folder cannot be used.
@@ -183,7 +184,8 @@ class Chest(Upkeep[K, V]):
         self.open_many: Callable[..., AbstractContextManager[list[Any]]] = open_many or _open_many
         self.mode = mode
         self._begun()
-        others = "" if trusted or self._scratch else _fs.who_else_writes(self.path)
+        self._guarded = key is not None or (codec is not None and codec.name == "safe")
+        others = "" if trusted or self._scratch or self._guarded else _fs.who_else_writes(self.path)
         if others:
             warnings.warn(
                 f"{others}: whoever can write there can run code in the name of those who read the chest. Take that right away "

@@ -456,7 +456,8 @@ def envelope(data: bytes) -> None:
     seal, kind, stored, plain, said = SEALED[number % len(SEALED)]
     changed = mutate(stored, program) if number & 128 else program
     with contextlib.suppress(CorruptError):
-        found = open_file(seal, kind, b"sword", memoryview(changed), plain, said)
+        name = b"sword" if seal is None else seal.name(b"sword")
+        found = open_file(seal, kind, name, memoryview(changed), plain, said)
         assert changed == stored, "another file than was sealed"
         assert found == PLAIN
     with contextlib.suppress(TamperedError):

@@ -9,14 +9,14 @@ one, looks through the records for newer versions.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from xxhash import xxh3_64_digest as _digest
 
 from ._cursors import place as place_of
 
-__all__ = ["MANY", "remember", "since"]
+__all__ = ["MANY", "items_of", "remember", "since"]
 
 KEPT = 256  # commits
 MANY = 1_000  # changes of one commit that nobody is told one by one
@@ -55,10 +55,15 @@ def since(txn: Any, db: Any, version: int) -> list[tuple[bytes, bytes]] | None:
     for place, data in cursor:
         if len(data) <= 8 or _digest(place + data[:-8]) != data[-8:]:
             return None
-        at = 0
-        while at < len(data) - 8:
-            n, m = _ITEM.unpack_from(data, at)
-            at += _ITEM.size
-            found.append((data[at : at + n], data[at + n : at + n + m]))
-            at += n + m
+        found += items_of(data[:-8])
     return found
+
+
+def items_of(entry: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The ``(name, typed)`` of an entry without its checksum."""
+    at = 0
+    while at < len(entry):
+        n, m = _ITEM.unpack_from(entry, at)
+        at += _ITEM.size
+        yield entry[at : at + n], entry[at + n : at + n + m]
+        at += n + m
