@@ -1,22 +1,19 @@
-"""Checking and repairing chests that are compressed, signed, encrypted, or without pickle: what is believed, and what is not."""
+"""Checking and repairing chests that are compressed, sealed, or without pickle: what is believed, and what is not."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-import chest
-from chest import Chest, Problem, UnsafePathWarning, check
+from chest import Chest, Problem, check
 from chest._problems import KINDS
-from chest._sealing import FILE_MAGIC, Seal
-from chest.errors import ChestError, CorruptError, SerializerMismatchError, WrongKeyError
+from chest._sealing import Seal
+from chest.errors import WrongKeyError
 from test_check import Databases, describe, flip, look
 
 np = pytest.importorskip("numpy")
