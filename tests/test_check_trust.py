@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -65,10 +66,8 @@ def for_check(mode: str) -> dict[str, Any]:
 def need(mode: str) -> None:
     for word, package in NEEDS.items():
         if word in mode:
-            try:
+            with contextlib.suppress(ImportError):  # pragma: no cover - of Python 3.14, which has its own
                 pytest.importorskip(package)
-            except ImportError:  # pragma: no cover - of Python 3.14, which has its own
-                pass
 
 
 @pytest.fixture(name="made", scope="module")
