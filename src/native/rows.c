@@ -493,6 +493,7 @@ settle_rows(PyObject *Py_UNUSED(module), PyObject *args)
         entry->epoch = epoch;
         Py_SETREF(entry->stored, Py_NewRef(Py_True));
         entry->fresh = 0;
+        entry->lent = entry->baseline != Py_None;
         if (entry->round) {
             found = found < 0 ? -1 : PyList_Append(stuck, (PyObject *)entry);
         }
