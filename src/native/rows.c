@@ -1,6 +1,6 @@
 /* Rows: what the store hands to the index, and what the index hands to LMDB, for values that come by the thousand.
 
-   Little-endian machines only (setup builds it nowhere else); `_hot.py` has the same in Python. */
+   `_hot.py` has the same in Python. */
 
 #include "tier.h"
 
