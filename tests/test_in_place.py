@@ -259,3 +259,27 @@ def test_sizes_are_taken_again_when_a_value_grew() -> None:
         c["x"].extend(range(100_000))
         c.sync()
         assert c.memory_usage > before + 400_000
+
+
+WRITES: dict[str, Callable[[Chest[Any, Any]], Any]] = {
+    "sync": lambda c: c.sync(),
+    "a transaction": lambda c: c.update(other=1),
+    "setdefault": lambda c: c.setdefault("other", 1),
+    "popitem": lambda c: c.popitem(),
+    "a file": lambda c: c.key_to_filename("k"),
+    "others that spill": lambda c: c.update((i, bytes(50_000)) for i in range(20)),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_value_that_is_held_by_whoever_set_it_may_be_changed_after_it_was_written(
+    write: Callable[[Chest[Any, Any]], Any], tmp_path: Path
+) -> None:
+    value = [1]
+    with Chest[Any, Any](path=tmp_path / "c", available_memory=500_000) as chest:
+        chest["k"] = value
+        chest["last"] = 1
+        write(chest)
+        value.append(2)
+    with Chest[Any, Any](path=tmp_path / "c") as chest:
+        assert chest["k"] == [1, 2]

@@ -350,3 +350,16 @@ def test_a_process_that_dies_in_a_transaction_has_done_nothing_and_holds_up_nobo
     with Chest[Any, Any](path=tmp_path / "c") as chest:
         assert dict(chest) == {"a": 3, "b": 2}
         assert not [f for f in (tmp_path / "c" / ".keys").glob("new/*") if not f.name.startswith("owner-")]
+
+
+@pytest.mark.parametrize("value", ["immutable", [1]])
+def test_a_key_that_somebody_else_has_deleted_comes_last_when_it_is_set_again(tmp_path: Path, value: Any) -> None:
+    with Chest[str, Any](path=tmp_path / "c") as one, Chest[str, Any](path=tmp_path / "c") as other:
+        one.update(a=value, b=value)
+        assert other["a"] == value
+        del one["a"]
+        one.sync()
+        other["a"] = 5
+        assert list(other) == ["b", "a"]
+        other.sync()
+        assert list(one) == list(other) == ["b", "a"]

@@ -240,6 +240,7 @@ def _settle_rows(
         entry.epoch = epoch
         entry.stored = True
         entry.fresh = False
+        entry.lent = baseline is not None  # whoever set it may still hold it
         if entry.stuck:
             stuck.append(entry)
         else:

@@ -236,13 +236,14 @@ class Keeper(Spiller):
         if kind is not str and kind is not int:
             self._store.name(key, create=True)  # a key that cannot be written is refused now
         size = needed = nbytes(value)
-        if old is None:
+        if old is not None:
+            needed -= old.size
+        if old is None or self._is_deleted(old):
             entry = Entry(key, value, size, True, self._new_place(), self._epoch)
             if self._tombs and self._tombs.pop(key, None) is not None:
                 entry.stored = entry.fresh = True
         else:
             entry = Entry(old.key, value, size, True, old.seq, self._epoch, fresh=old.fresh, stored=old.stored)
-            needed -= old.size
         error = self._shrink(needed, old) if lent or tier.usage + needed > tier.limit else None
         if entry.stored is None or entry.key in self._unsure:
             self._unsure[entry.key] = entry
@@ -252,6 +253,13 @@ class Keeper(Spiller):
             error = self._evict([entry]) if size > tier.limit else self._shrink(0, entry)
         if error is not None:
             raise error
+
+    def _is_deleted(self, entry: Entry) -> bool:
+        """Whether somebody else has deleted a key that is to be set: it comes last then."""
+        if entry.dirty or (entry.epoch == self._epoch and self._generation[0] == self._seen):
+            return False
+        name = self._store.name(entry.key)
+        return name is None or not self._store.has(name)
 
     def _delete(self, key: Any) -> None:
         self._writable()

@@ -104,7 +104,9 @@ class Sharing(Dictionary[K, V]):
         with self.lock:
             self._writable()
             if self._dirty or self._tombs:
-                error = self._write(self._dirty.values(), refused)
+                unwritten = list(self._dirty.values())
+                error = self._write(unwritten, refused)
+                self._ask_who_holds(unwritten)
                 if error is not None:
                     raise error
             self._transactions.add(token)

@@ -229,9 +229,7 @@ class Spiller(State):
                 along = [entry for entry in along if entry is not spare]
             error = self._write(unwritten + along, failed)
             for entry in along:
-                if entry.baseline is not None:  # whoever set it may still hold it
-                    entry.lent = True
-                elif entry.dirty and entry.key in failed:
+                if entry.dirty and entry.key in failed:
                     self._tier.keep(entry)
         others = self._tier.let_go(victims)
         self._spills += len(victims) - len(others)
@@ -356,13 +354,17 @@ class Spiller(State):
         self._tier.retry()
         failed: dict[Any, ChestError] = {}
         error = self._write(unwritten, failed)
-        for entry in unwritten:  # whoever set it may still hold it
-            if not entry.dirty and entry.baseline is not None:
-                entry.lent = bool(_changes.held(entry.value))
+        self._ask_who_holds(unwritten)
         if error is not None:
             raise error
         if failed:
             raise _summary(failed, self._store.path)
+
+    def _ask_who_holds(self, written: list[Entry]) -> None:
+        """Most values that were just written nobody holds any more: then there will be nothing to look at."""
+        for entry in written:
+            if not entry.dirty and entry.lent:
+                entry.lent = bool(_changes.held(entry.value))
 
     def _sync(self) -> None:
         """Write everything. Raises what could not be written; all else is written all the same."""

@@ -1,6 +1,6 @@
 /* Rows: what the store hands to the index, and what the index hands to LMDB, for values that come by the thousand.
 
-   Little-endian machines only (setup builds it nowhere else); `_hot.py` has the same in Python. */
+   `_hot.py` has the same in Python. */
 
 #include "tier.h"
 
@@ -509,6 +509,7 @@ settle_rows(PyObject *Py_UNUSED(module), PyObject *args)
         entry->epoch = epoch;
         Py_SETREF(entry->stored, Py_NewRef(Py_True));
         entry->fresh = 0;
+        entry->lent = entry->baseline != Py_None;
         if (entry->round) {
             found = found < 0 ? -1 : PyList_Append(stuck, (PyObject *)entry);
         }

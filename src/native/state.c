@@ -407,6 +407,10 @@ set_simply(State *self, Entry *entry)
         return 0;
     }
     Entry *old = (Entry *)found;
+    if (old != NULL && !old->dirty && (old->epoch != self->epoch || self->view.obj == NULL ||
+                                       *(volatile unsigned long long *)self->view.buf != self->seen)) {
+        return 0; /* somebody else may have deleted it */
+    }
     if (tier->usage + entry->size - (old ? old->size : 0) + entry_bytes + 1024 > tier->limit) { /* 1024: for the key */
         return 0;
     }

@@ -8,6 +8,10 @@
 #include <stddef.h>
 #include <structmember.h>
 
+#ifdef Py_GIL_DISABLED
+#error "these paths rely on the interpreter's lock: without it the Python beside them is used"
+#endif
+
 #define N_CLASSES 16
 #define FIRST N_CLASSES
 #define PICKED (N_CLASSES + 1)
