@@ -270,11 +270,24 @@ DAMAGES = [
 ]
 
 
-DAMAGED = ("gzip", "blosc2", "json", "signed", "signed-gzip", "encrypted-gzip", "safe")
+OF_FILES = (cut_file, flip_file, remove_file, swap_files, move_file, flip_large_record)
+DAMAGED = [
+    (damage, mode)
+    for damage in DAMAGES
+    for mode in (
+        ("gzip", "json", "signed-gzip", "encrypted-gzip")
+        if damage.break_it in OF_FILES
+        else ("signed-gzip", "encrypted-gzip", "safe")
+    )
+]
 
 
-@pytest.mark.parametrize("mode", DAMAGED, indirect=True)
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.break_it.__name__)
+@pytest.mark.parametrize(
+    ("damage", "mode"),
+    DAMAGED,
+    indirect=["mode"],
+    ids=lambda part: part.break_it.__name__ if isinstance(part, Damage) else part,
+)
 def test_damage_is_found_and_mended_as_far_as_it_can_be(path: Path, mode: str, damage: Damage) -> None:
     sealed, footers = "key" in MODES[mode], mode != "json"
     encrypted = "encrypt" in MODES[mode]
@@ -299,7 +312,6 @@ def test_damage_is_found_and_mended_as_far_as_it_can_be(path: Path, mode: str, d
     assert kinds(found(path, mode, repair=True)) == expected
     assert not (rest := found(path, mode)), describe(rest)
     assert_holds(path, mode, lost)
-    assert not (rest := found(path, mode, repair=True)), describe(rest)
 
 
 @pytest.mark.parametrize("mode", ["gzip", "zstd", "lz4", "blosc2", "safe", "safe-gzip"], indirect=True)
@@ -519,13 +531,11 @@ def _refuse_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chest._keys._loaded, "__defaults__", None)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("mode", ["safe", "safe-gzip", "safe-encrypted"], indirect=True)
-@pytest.mark.parametrize("break_it", [lambda path, mode: None, *(damage.break_it for damage in DAMAGES)])
+@pytest.mark.parametrize("mode", ["safe", "safe-encrypted"], indirect=True)
+@pytest.mark.parametrize("break_it", [move_file, flip_large_record, lose_place, damage_setting, lose_settings])
 def test_nothing_of_a_safe_chest_is_ever_unpickled(
     path: Path, mode: str, break_it: Callable[[Path, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if mode == "safe-gzip" and break_it not in (cut_file, move_file, damage_setting):
-        return
     break_it(path, mode)
     work = Path(shutil.copytree(path, path.parent / "work"))
     _refuse_pickles(monkeypatch)
