@@ -36,6 +36,8 @@ from .errors import ChestError, CorruptError, PathError, TamperedError, short
 
 __all__ = ["Checker"]
 
+_FEW = 100
+
 
 class Checker(FileChecker):
     """The check of one folder; ``problems`` is called once."""
@@ -163,16 +165,20 @@ class Checker(FileChecker):
 
     def _everything(self) -> Iterator[Finding]:
         self._folds = self._trust.settings.get(b"folds") == b"1"
-        first = self._index.pairs(b"index", None, 1)
-        if first and is_hidden_name(first[0][0]) and not (self._trust.hides or self._trust.seal):
-            kind, message = self._trust.lose_seal()
+        trust = self._trust
+        names = self._index.pairs(b"index", None, _FEW)
+        if names and trust.seal is None and not trust.locked and is_hidden_name(names[0][0]):
+            kind, message = trust.lose_seal()
+            yield self._problem(kind, message, path=self._data)
+        elif names and trust.seal is not None and not self._is_any_genuine(names):
+            kind, message = trust.lose_all()
             yield self._problem(kind, message, path=self._data)
         yield from self._notes()
         for place, data in self._index.all_pairs(b"changed"):
             number = int.from_bytes(place, "big")
             if len(data) < 8 or xxh3_64_digest(place + data[:-8]) != data[-8:]:
                 yield self._problem("log", f"the note of what commit {number} changed is damaged")
-            elif self._trust.seal is not None:
+            elif self._trust.seal is not None and not self._trust.dark:
                 try:
                     for name, typed in items_of(data[:-8]):
                         self._trust.key(name, typed)
@@ -184,6 +190,22 @@ class Checker(FileChecker):
         if not self._trust.dark:
             yield from self._strays()
             yield from self._nameless()
+
+    def _is_any_genuine(self, records: list[tuple[bytes, bytes]]) -> bool:
+        """Whether anything in the index was written with the chest's key."""
+        for name, data in records:
+            record = unpack_record(name, data)
+            with contextlib.suppress(TamperedError):
+                if record is not None:
+                    self._trust.record(name, record)
+                    return True
+        for place, data in self._index.pairs(b"order", None, _FEW):
+            item = unpack_order(place, data)
+            with contextlib.suppress(TamperedError):
+                if item is not None:
+                    self._trust.key(item.name, item.typed)
+                    return True
+        return False
 
     def _notes(self) -> Iterator[Finding]:
         for number, data in self._index.all_pairs(b"pending"):

@@ -94,8 +94,8 @@ def _repair(path: str, trust: Trust) -> Iterator[Problem]:
         finish_upgrade(path)
     found: Any = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the iterator lives
     problems = _Spooled(found, trust)
+    aside = Aside(path)
     try:
-        aside = Aside(path)
         ENVIRONMENTS.refuse_open(keys)
         for name in ("", "lock.mdb"):
             place = os.path.join(keys, name) if name else keys
@@ -130,6 +130,7 @@ def _repair(path: str, trust: Trust) -> Iterator[Problem]:
         return problems
     except BaseException:
         found.close()
+        aside.close()
         raise
 
 
@@ -147,9 +148,9 @@ class _Spooled(Iterator[Problem]):
 
     def add(self, problem: Problem) -> None:
         try:
-            data = self._trust.packed(tuple(problem))
+            data = self._trust.packed(problem)
         except Exception:
-            data = self._trust.packed(tuple(problem._replace(key=short(problem.key))))
+            data = self._trust.packed(problem._replace(key=short(problem.key)))
         self._file.write(len(data).to_bytes(8, "little") + data)
 
     def __next__(self) -> Problem:
@@ -160,7 +161,7 @@ class _Spooled(Iterator[Problem]):
         if not head:
             self._file.close()
             raise StopIteration
-        return Problem(*self._trust.unpacked(self._file.read(int.from_bytes(head, "little"))))
+        return self._trust.unpacked(self._file.read(int.from_bytes(head, "little")))
 
     def __del__(self) -> None:
         self._file.close()

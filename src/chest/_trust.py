@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import pickle
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from . import _keys
+from ._problems import Problem
 from ._sealing import FILE_MAGIC, KEY, NOTE, RECORD, TAG, Seal
 from ._valuefile import MARKS
 from .abc import Record
@@ -130,6 +132,10 @@ class Trust:
             f"the chest at {self.path} cannot be repaired: {why}. Put it back from a backup.", path=self.path
         )
         return "seal", message
+
+    def lose_all(self) -> tuple[str, str]:
+        """Nothing that was met was written with this seal."""
+        return self._lose("nothing in its index was written with its key: its setting 'seal' was exchanged, or the whole index")
 
     def lose_seal(self) -> tuple[str, str]:
         """Names were met that only an encrypted chest has."""
@@ -269,18 +275,25 @@ class Trust:
 
     # --- problems in a file, for as long as a repair takes
 
-    def packed(self, problem: Any) -> bytes:
-        """What this process keeps for itself. Keys of ``safe`` chests are not even pickled for that."""
-        if self.serializer == "safe":
-            codec = resolve("safe", None, None, "b")
-            assert codec is not None
-            return b"s" + codec.dumps(problem)
-        return b"p" + pickle.dumps(problem)
+    def packed(self, problem: Problem) -> bytes:
+        """What this process keeps for itself. No key is pickled for that which the chest would not have pickled."""
+        name = typed = b""
+        if problem.key is not None:
+            codec = self._key_codec()
+            if codec is None:
+                name, typed = _keys.encode(problem.key) or (_keys.OPAQUE_PREFIX, _keys.pickled_key(problem.key))
+            else:
+                name, typed = codec.encode(problem.key) or (_keys.OPAQUE_PREFIX, codec.typed(problem.key))
+        return json.dumps([*problem._replace(key=None), name.hex(), typed.hex(), self.serializer == "safe"]).encode()
 
-    @staticmethod
-    def unpacked(data: bytes) -> Any:
-        if data[:1] == b"p":
-            return pickle.loads(data[1:])
-        codec = resolve("safe", None, None, "b")
-        assert codec is not None
-        return codec.loads(data[1:])
+    def unpacked(self, data: bytes) -> Problem:
+        *parts, name, typed, safe = json.loads(data)
+        problem = Problem(*parts)
+        if not name:
+            return problem
+        codec = self._key_codec() if safe else None
+        decode = _keys.decode if codec is None else codec.decode
+        return problem._replace(key=decode(bytes.fromhex(name), bytes.fromhex(typed)))
+
+    def _key_codec(self) -> Codec | None:
+        return resolve("safe", None, None, "b") if self.serializer == "safe" else None
