@@ -759,3 +759,16 @@ def test_a_repair_that_is_killed_loses_nothing_and_the_next_one_ends_it(path: Pa
             break
         n += step
     assert n > 3 * step
+
+
+def test_an_empty_file_in_the_place_of_the_index_is_no_chest_of_0_2(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    with Chest[str, Any](path=path) as chest:
+        chest["large"] = "x" * 100_000
+    shutil.rmtree(path / ".keys")
+    (path / ".keys").touch()
+    assert {problem.kind for problem in check(path)} == {"index"}
+    assert {problem.kind for problem in check(path, repair=True)} == {"index"}
+    assert list(check(path)) == []
+    with Chest[str, Any](path=path) as chest:
+        assert dict(chest) == {"large": "x" * 100_000}

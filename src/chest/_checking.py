@@ -51,7 +51,7 @@ class Checker(FileChecker):
         if others and not self._trust.is_guarded:
             yield self._problem("unsafe", f"{others}: they can run code in the name of those who read the chest. Take it away.")
         upgrade = os.path.join(self.path, NEW)
-        if os.path.isfile(self._keys_path) and not os.path.islink(self._keys_path):
+        if os.path.isfile(self._keys_path) and not os.path.islink(self._keys_path) and os.path.getsize(self._keys_path):
             yield from self._old(self._keys_path)
             return
         if not os.path.lexists(self._keys_path) and os.path.isfile(os.path.join(self.path, OLD)) and os.path.isdir(upgrade):

@@ -168,12 +168,12 @@ class _Spooled(Iterator[Problem]):
 
 
 def _make_way(aside: Aside, path: str, is_right: Callable[[int], bool]) -> bool:
-    """What lies there and is not of the right kind is set aside. A ``.keys`` of chest 0.2 is."""
+    """What lies there and is not of the right kind is set aside. A ``.keys`` of chest 0.2 is, which is never empty."""
     try:
-        mode = os.lstat(path).st_mode
+        found = os.lstat(path)
     except OSError:
         return False
-    if is_right(mode) or (os.path.basename(path) == ".keys" and stat.S_ISREG(mode)):
+    if is_right(found.st_mode) or (os.path.basename(path) == ".keys" and stat.S_ISREG(found.st_mode) and found.st_size):
         return False
     aside.move(path, "it lies in the place of something that belongs to the index")
     return True
