@@ -149,7 +149,11 @@ class LmdbIndex(Index):
             return found
 
         items = read_order(OrderItem, env.read(work), _digest)
-        return self._refuse("the order", items) if isinstance(items, bytes) else items
+        if isinstance(items, bytes):
+            self._refuse("the order", items)
+        if items and after is not None and (items[-1].seq >= after if reverse else items[-1].seq <= after):
+            self._refuse("the order", _place(items[-1].seq))  # else whoever asks for the next page would go on for ever
+        return items
 
     def names(self, prefix: bytes) -> list[bytes]:
         """All names with this prefix, sorted."""

@@ -154,7 +154,10 @@ class ReadOnlyIndex(Index):
         items = self.pairs(b"order", start, limit, reverse=reverse)
         if reverse and after is not None and after >= 2**64:
             items = self.pairs(b"order", None, limit, reverse=True)
-        return [self._item(place, data) for place, data in items]
+        found = [self._item(place, data) for place, data in items]
+        if found and after is not None and (found[-1].seq >= after if reverse else found[-1].seq <= after):
+            raise damaged(self._folder, "its order goes back")  # else whoever asks for the next page would go on for ever
+        return found
 
     def pairs(self, database: bytes, after: bytes | None, limit: int, *, reverse: bool = False) -> list[tuple[bytes, bytes]]:
         """Pairs of a database beyond a key, as they are: whether they are what was written is not looked at."""
@@ -179,7 +182,10 @@ class ReadOnlyIndex(Index):
         after = None
         while found := self.pairs(database, after, 1000):
             yield from found
-            after = found[-1][0]
+            last = found[-1][0]
+            if after is not None and last <= after:  # it would go on for ever
+                raise damaged(self._folder, "its keys are out of order")
+            after = last
 
     def names(self, prefix: bytes) -> list[bytes]:
         """All names with this prefix, sorted."""
