@@ -363,3 +363,25 @@ def test_a_key_that_somebody_else_has_deleted_comes_last_when_it_is_set_again(tm
         assert list(other) == ["b", "a"]
         other.sync()
         assert list(one) == list(other) == ["b", "a"]
+
+
+@pytest.mark.parametrize("value", ["text", ["list"]], ids=["text", "list"])
+def test_what_another_chest_writes_while_room_is_made_is_not_missed(tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "c"
+    with Chest[Any, Any](path=path, available_memory=20_000, loose=0) as chest, Chest[Any, Any](path=path) as other:
+        other["k"] = [value, "old" * 1000]
+        other.sync()
+        for i in range(18):
+            chest[i] = "x" * 1000
+        make_room, raced = chest._make_room, []
+
+        def make_room_late(size: int) -> None:
+            other["k"] = [value, "new"]
+            other.sync()
+            raced.append(size)
+            make_room(size)
+
+        chest._make_room = make_room_late  # type: ignore[method-assign]
+        assert chest["k"][0] == value
+        assert raced
+        assert chest["k"] == [value, "new"]
