@@ -7,8 +7,8 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := -m pip install --quiet --quiet --disable-pip-version-check --no-warn-script-location
 
-# Of the suite on the oldest and the newest interpreter of this machine: all but what is slow or is about faults.
-OTHERS_PYTEST ?= -q -m "not slow and not torture"
+# Of the suite on the oldest and the newest interpreter of this machine: all but what is slow, about faults, or the same on each.
+OTHERS_PYTEST ?= -q -m "not slow and not torture" --ignore=tests/test_bench.py --ignore=tests/test_check_trust.py
 PYTEST_ARGS   ?=
 comma         := ,
 
