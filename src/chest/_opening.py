@@ -79,10 +79,7 @@ def open_folder(
     try:
         if index.meta(b"format") is None:
             _begin(index, path, codec, secret, cipher)
-        seal = _unlocked(index, path, secret, cipher)
-        if seal is not None:
-            index = SealedIndex(index, seal, path)
-        codec = _remembered(index, path, codec, allow)
+        index, seal, codec = _settled(index, path, codec, allow, secret, cipher)
         blobs = FileBlobs(path, sync=not scratch, opener=opener, mode="t" if codec.text and opener else "b")
         store = Store(
             path,
@@ -140,10 +137,7 @@ def _open_to_read(
     try:
         if index.meta(b"format") is None:
             raise PathError(f"there is no chest at {path} yet: it has never been written to.", path=path)
-        seal = _unlocked(index, path, secret, cipher)
-        if seal is not None:
-            index = SealedIndex(index, seal, path)
-        codec = _remembered(index, path, codec, allow)
+        index, seal, codec = _settled(index, path, codec, allow, secret, cipher)
         blobs = FileBlobs(path, opener=opener, mode="t" if codec.text and opener else "b")
         return Store(
             path,
@@ -254,6 +248,16 @@ def _unlocked(index: Index, path: str, secret: bytes | None, cipher: str | None)
             path=path,
         )
     return seal
+
+
+def _settled(
+    index: Index, path: str, codec: Codec | None, allow: Iterable[str] | None, secret: bytes | None, cipher: str | None
+) -> tuple[Index, Seal | None, Codec]:
+    """The index as it is to be read, its seal if it has one, and the serializer. The seal first: it covers the settings."""
+    seal = _unlocked(index, path, secret, cipher)
+    if seal is not None:
+        index = SealedIndex(index, seal, path)
+    return index, seal, _remembered(index, path, codec, allow)
 
 
 def _remembered(index: Index, path: str, codec: Codec | None, allow: Iterable[str] | None) -> Codec:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import struct
 from _thread import get_ident
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
@@ -42,10 +41,6 @@ from ._gate import GATE
 
 __all__ = ["LmdbIndex"]
 
-_HEAD = struct.Struct("<QQB")
-_HEAD_SIZE = _HEAD.size
-_unpack = _HEAD.unpack_from
-_new = tuple.__new__
 _inside = GATE.inside
 _FAILED = object()
 _PAGE_BYTES = 4 << 20  # a page of the order ends here, too: keys may be large
