@@ -118,6 +118,24 @@ def test_get_many_gives_what_each_key_gives_and_leaves_out_what_is_not_there(tmp
             chest.get_many([[]])
 
 
+def test_what_on_miss_sets_while_many_are_read_is_kept(tmp_path: Path) -> None:
+    told = []
+
+    def on_miss(key: str) -> None:
+        told.append(key)
+        if key == "a":
+            chest["b"] = "set meanwhile"
+
+    with Chest[str, Any](path=tmp_path / "c", on_miss=on_miss) as chest:
+        chest.update(a=1, b=2, c=3)
+        chest.flush()
+        chest.get_many(["a", "b", "c", "absent"])
+        assert told == ["a", "b", "c"]
+        assert chest["b"] == "set meanwhile"
+    with Chest[str, Any](path=tmp_path / "c") as chest:
+        assert chest["b"] == "set meanwhile"
+
+
 def test_get_many_passes_over_nothing_that_is_damaged(tmp_path: Path) -> None:
     with Chest[str, Any](path=tmp_path / "c") as chest:
         chest.update(a=[1], b=[2])

@@ -149,15 +149,18 @@ class Keeper(Spiller):
                     entry.hot = entry.lent = True
                     self._hits += 1
                 found[key] = entry.value if lent and entry is not None else None
-            for key, loaded, epoch in self._load_each(list(dict.fromkeys(missing))):
+            missing = list(dict.fromkeys(missing))
+            for key, loaded, epoch in self._load_each(missing):
                 if loaded is None:
                     del found[key]
                     continue
                 self._misses += 1
-                if lent and self._on_miss is not None:
-                    self._on_miss(key)
                 self._admit(key, loaded, lent=lent, epoch=epoch)
                 found[key] = loaded.value if lent else None
+            if lent and self._on_miss is not None:
+                for key in missing:  # now that all are in: it may set those that would have come after
+                    if key in found:
+                        self._on_miss(key)
             return found
 
     def _admit(self, key: Any, loaded: Loaded, *, lent: bool, epoch: int | None = None) -> None:
