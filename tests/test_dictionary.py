@@ -136,6 +136,14 @@ def test_what_on_miss_sets_while_many_are_read_is_kept(tmp_path: Path) -> None:
         assert chest["b"] == "set meanwhile"
 
 
+def test_what_on_miss_sets_of_the_key_that_is_read_is_kept(tmp_path: Path) -> None:
+    with Chest[str, Any](path=tmp_path / "c", on_miss=lambda key: chest.__setitem__(key, "new")) as chest:
+        chest["a"] = "old"
+        chest.flush()
+        assert chest["a"] in ("old", "new")
+        assert chest["a"] == "new"
+
+
 def test_get_many_passes_over_nothing_that_is_damaged(tmp_path: Path) -> None:
     with Chest[str, Any](path=tmp_path / "c") as chest:
         chest.update(a=[1], b=[2])

@@ -99,9 +99,9 @@ class Keeper(Spiller):
             if loaded is None:
                 return self._absent(key)
             self._misses += 1
-            if self._on_miss is not None:
-                self._on_miss(key)
             self._admit(key, loaded, lent=True)
+            if self._on_miss is not None:  # now that it is in: what is set by it must not be replaced by what was read
+                self._on_miss(key)
             return loaded.value
 
     def _absent(self, key: Any) -> Any:
