@@ -16,6 +16,8 @@ is held from outside. There are two mistakes to make, "held" for ever (pins memo
 - What unpickling would find again instead of making it anew (a time zone, a singleton) is held by a cache, and nothing
   is lost if the chest lets go of it. What cannot be pickled at all is not part of what is stored.
 
+*Held?* is asked first: what nobody holds cannot change before it is handed out again, so a comparison after it holds good.
+
 Not seen are: a list inside a column of a data frame, what ``np.frombuffer`` was given, attributes of functions and
 classes. Where references are not counted (PyPy, free-threaded builds) all that can change may be held.
 """
@@ -41,17 +43,17 @@ from typing import Any
 
 import xxhash
 
-__all__ = ["Held", "address_of", "held", "is_immutable", "same_payload", "written_pages"]
+__all__ = ["ATOMS", "IMMUTABLE", "Held", "address_of", "held", "is_immutable", "same_payload", "written_pages"]
 
 USE_PAGEMAP = sys.platform == "linux"  # ask the kernel which pages of a mapping were written
 USE_PAGEMAP_SCAN = True  # ... by the ioctl of Linux 6.7 where there is one
 REFCOUNTS = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
 
-_IMMUTABLE: set[type] = {
+IMMUTABLE: set[type] = {
     *(type(None), bool, int, float, complex, str, bytes, range, type(Ellipsis), type(NotImplemented), re.Pattern),
     *(datetime.date, datetime.datetime, datetime.timedelta, datetime.time, datetime.timezone, types.GenericAlias),
 }  # those of packages that are not imported for their sake (_NAMED) join it when they are met
-_ATOMS: set[type] = {*_IMMUTABLE, type, types.FunctionType, types.ModuleType}  # a value's walk ends here
+ATOMS: set[type] = {*IMMUTABLE, type, types.FunctionType, types.ModuleType}  # a value's walk ends here
 _NAMED = frozenset((
     "decimal.Decimal", "fractions.Fraction", "uuid.UUID", "zoneinfo.ZoneInfo", "numpy.generic", "numpy.dtype",
     "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath", "pathlib.WindowsPath",
@@ -68,7 +70,7 @@ def is_immutable(value: object) -> bool:
 
     Functions and classes count where pickle stores their name only. A read-only array can change: by its base.
     """
-    return type(value) in _IMMUTABLE or _looks_immutable(value, _MAX_DEPTH)
+    return type(value) in IMMUTABLE or _looks_immutable(value, _MAX_DEPTH)
 
 
 def _looks_immutable(value: Any, depth: int) -> bool:
@@ -78,7 +80,7 @@ def _looks_immutable(value: Any, depth: int) -> bool:
         return depth > 0 and len(value) <= _MAX_MEMBERS and all(_looks_immutable(item, depth - 1) for item in value)
     if kind == _OPAQUE:
         return cls.__module__ == "pyarrow.lib" and getattr(value, "is_mutable", True) is False  # a buffer
-    if cls in _IMMUTABLE or isinstance(value, enum.Enum):
+    if cls in IMMUTABLE or isinstance(value, enum.Enum):
         return True
     # Functions and classes: what is in __main__ some picklers store by value.
     module = isinstance(value, _BY_NAME) and value.__module__ != "__main__" and sys.modules.get(value.__module__ or "")
@@ -101,7 +103,7 @@ _kinds: dict[int, int] = {}  # by identity, so that no class is kept alive
 
 
 def _kind(cls: type) -> int:
-    if cls in _ATOMS:
+    if cls in ATOMS:
         return _LEAF
     kind = _kinds.get(id(cls))
     if kind is None:
@@ -120,8 +122,8 @@ def _classify(cls: type) -> int:
         return _ARRAY
     bases = mro if package in ("numpy", "pyarrow") else (cls,)
     if any(f"{package}.{base.__name__}" in _NAMED for base in bases):
-        _IMMUTABLE.add(cls)
-        _ATOMS.add(cls)
+        IMMUTABLE.add(cls)
+        ATOMS.add(cls)
         return _LEAF
     # Stored by name; lives for itself; cannot change by contract, and is cached.
     if package == "typing" or "chest" in packages or issubclass(cls, datetime.tzinfo):
@@ -139,7 +141,7 @@ def _classify(cls: type) -> int:
         return _FROZEN
     if (has_state and python) or issubclass(cls, _CONTAINERS):
         return _PLAIN
-    return _OPAQUE if not python or set(mro) - python - _ATOMS - {object} else _LEAF
+    return _OPAQUE if not python or set(mro) - python - ATOMS - {object} else _LEAF
 
 
 class Held(enum.IntEnum):
@@ -170,7 +172,7 @@ def held(value: Any, extra: int = 0) -> Held:
     grows with the value, by 30 ns for a number or text, 0.2 us for a list and 1 us for an instance inside it.
     """
     cls = type(value)
-    if cls in _ATOMS:
+    if cls in ATOMS:
         return Held.NO
     # Compared anew each time: debuggers that replace the evaluation of frames change how calls pass references.
     excess = sys.getrefcount(value) - _references(_PROBE[0]) - extra
@@ -182,7 +184,7 @@ def held(value: Any, extra: int = 0) -> Held:
     if kind == _ARRAY:
         if not cls.__dictoffset__ and not value.dtype.hasobject and (excess > 0 or value.base is None):
             return Held.VALUE if excess > 0 else Held.NO
-    elif not cls.__flags__ & _HIDES_DICT and _ATOMS.issuperset(map(type, gc.get_referents(value))):
+    elif not cls.__flags__ & _HIDES_DICT and ATOMS.issuperset(map(type, gc.get_referents(value))):
         return Held.VALUE if excess > 0 and kind == _PLAIN else Held.NO
     if _is_tree(value, kind):
         return Held.VALUE if excess > 0 and (kind != _FROZEN or _can_change(value, set())) else Held.NO
@@ -226,7 +228,7 @@ def _walk(value: Any, kind: int, leave_out: dict[int, Any]) -> tuple[dict[int, A
         if _FROZEN in kinds.values():
             # Rows of numbers and text end here. If one of them is met again elsewhere, its count is of no interest.
             frozen = [member for member in members if kinds[type(member)] == _FROZEN]
-            if _ATOMS.issuperset(map(type, gc.get_referents(*frozen))):
+            if ATOMS.issuperset(map(type, gc.get_referents(*frozen))):
                 members = [member for member in members if kinds[type(member)] != _FROZEN]
         references += map(id, members)
         level = list({id(member): member for member in members if id(member) not in seen}.values())
@@ -246,7 +248,7 @@ def _members(level: list[Any], kinds: dict[type, int]) -> tuple[list[Any], dict[
                 _add_hidden(item, members)
     if _HIDES_DICT:
         members += [_hidden_dict(item) for item in level if type(item).__flags__ & _HIDES_DICT]
-    found = {cls: kind for cls in set(map(type, members)) - _ATOMS if (kind := _kind(cls)) != _LEAF}
+    found = {cls: kind for cls in set(map(type, members)) - ATOMS if (kind := _kind(cls)) != _LEAF}
     return [member for member in members if type(member) in found] if found else [], found
 
 
@@ -422,7 +424,7 @@ def _works(way: _Way) -> bool:
 
 def address_of(view: memoryview | mmap.mmap) -> int:
     """Where the bytes of a contiguous buffer lie; they stay there while the view lives."""
-    import ctypes  # late: it takes milliseconds, and few programs need it
+    import ctypes  # late: few programs need it
 
     buffer = (ctypes.c_void_p * 16)()  # a Py_buffer has 11 words, and the address is the first
     ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(view), buffer, 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import struct
+from _thread import get_ident
 from collections.abc import Callable, Iterator
 from sys import getsizeof
 from typing import TYPE_CHECKING, Any
@@ -26,12 +27,17 @@ __all__ = [
     "Entry",
     "MemoryTier",
     "State",
+    "baseline_bytes",
+    "is_held",
+    "look_up",
     "order_pairs",
     "pack_rows",
+    "picture",
     "read_key",
     "read_order",
     "read_places",
     "read_record",
+    "read_records",
     "record_pairs",
     "settle_rows",
 ]  # fmt: skip
@@ -63,6 +69,7 @@ class _State:
     _epoch: int
     _hits: int
     _misses: int
+    _n_commits: int
     _store: Any
     _salt: int
     _closed = True  # until it is open
@@ -85,6 +92,16 @@ class _State:
 
     def __contains__(self, key: object) -> bool:
         return self._contains_slowly(key)
+
+    def _pass(self, key: Any, record: Any, n_commits: int, generation: int) -> tuple[Any, Any] | None:
+        """The key and the value of a record that was read when there had been so many commits, and the generation was this.
+
+        A value that can change is lent. None where it is not that simple, as it never is here.
+        """
+        return None
+
+    def _give_back(self, key: Any) -> None:
+        """A value that was passed on is not lent any more, if at a glance nobody holds it and it has not changed."""
 
     def _get_slowly(self, key: Any) -> Any:
         raise NotImplementedError
@@ -134,6 +151,8 @@ def _pack_rows(
             return item, size
         try:
             name = name_of(key)
+            if item.dirty:
+                item.lent = _is_held(item)  # asked before: see `_changes`
             body = dumps(item.value)
             if name is None or name[0] == _HASHED or len(body) >= small:
                 return item, size
@@ -173,6 +192,43 @@ def _read_record(kind: type[Record], name: bytes, data: bytes, digest: Callable[
     if len(data) < _HEAD_SIZE + 8 or digest(name + data[:-8]) != data[-8:]:
         return None
     return tuple.__new__(kind, (*_HEAD.unpack_from(data), data[_HEAD_SIZE:-8]))
+
+
+def _read_records(
+    kind: type[Record], pairs: list[tuple[bytes, bytes]], digest: Callable[[bytes], bytes]
+) -> list[Record] | bytes:
+    """The records that lie under these names; or the first name under which there is not what was written."""
+    records = []
+    for name, data in pairs:
+        record = _read_record(kind, name, data, digest)
+        if record is None:
+            return name
+        records.append(record)
+    return records
+
+
+def _look_up(
+    kind: type[Record], environment: Any, digest: Callable[[bytes], bytes], inside: list[int], gate: Any, name: bytes
+) -> Any:
+    """The record of a name, looked up inside of the gate in a transaction of its own; None where there is none.
+
+    ``NotImplemented`` where that is not all there is to it: the gate is shut, LMDB raises, the record is damaged.
+    """
+    ident = get_ident()
+    try:
+        inside.append(ident)
+        if gate.shut:
+            return NotImplemented
+        txn = environment.begin(environment.index)
+        try:
+            data = txn.get(name)
+        finally:
+            txn.abort()
+    except Exception:
+        return NotImplemented
+    finally:
+        inside.remove(ident)
+    return None if data is None else _read_record(kind, name, data, digest) or NotImplemented
 
 
 def _read_order(
@@ -240,12 +296,27 @@ def _settle_rows(
         entry.epoch = epoch
         entry.stored = True
         entry.fresh = False
-        entry.lent = baseline is not None  # whoever set it may still hold it
+        entry.lent = entry.lent and baseline is not None
         if entry.stuck:
             stuck.append(entry)
         else:
             entry.dirty = False
     return n_new, stuck
+
+
+def _is_held(entry: Any) -> bool:
+    """Whether anybody but its entry holds a value, or something inside it that can change."""
+    return _changes.held(entry.value) != _changes.Held.NO
+
+
+def _picture(value: object) -> Any:
+    """What a value that was just loaded looks like, to be compared by ``matches``; None where its pickle has to do."""
+    return None
+
+
+def _baseline_bytes(baseline: object) -> int:
+    """Bytes that a baseline takes beside the value."""
+    return len(baseline) if type(baseline) is bytes else 0
 
 
 _HASHED = ord("h")
@@ -258,6 +329,9 @@ if TYPE_CHECKING:
     State = _State
     pack_rows, record_pairs, order_pairs, settle_rows = _pack_rows, _record_pairs, _order_pairs, _settle_rows
     read_record, read_order, read_places, read_key = _read_record, _read_order, _read_places, _read_key
+    picture, is_held, baseline_bytes = _picture, _is_held, _baseline_bytes
+    read_records, look_up = _read_records, _look_up
+    setup_pictures: Callable[..., None]
     size_of_plain: Callable[..., int]
 else:
     try:
@@ -267,14 +341,20 @@ else:
             Entry,
             MemoryTier,
             State,
+            baseline_bytes,
+            is_held,
+            look_up,
             order_pairs,
             pack_rows,
+            picture,
             read_key,
             read_order,
             read_places,
             read_record,
+            read_records,
             record_pairs,
             settle_rows,
+            setup_pictures,
             size_of_plain,
         )
 
@@ -283,6 +363,8 @@ else:
         Entry, MemoryTier, State = _entry.Entry, _memory.MemoryTier, _State
         pack_rows, record_pairs, order_pairs, settle_rows = _pack_rows, _record_pairs, _order_pairs, _settle_rows
         read_record, read_order, read_places, read_key = _read_record, _read_order, _read_places, _read_key
+        picture, is_held, baseline_bytes = _picture, _is_held, _baseline_bytes
+        read_records, look_up = _read_records, _look_up
         COMPILED = False
 
 if COMPILED:
@@ -294,6 +376,7 @@ if COMPILED:
             for kind, otherwise in quick_builtins.items()
         }
     )
-    State._setup(nbytes, leaves, _changes.is_immutable, ENTRY_BYTES)  # type: ignore[attr-defined]
+    State._setup(nbytes, leaves, _size_plans.quick, _changes.is_immutable, ENTRY_BYTES)  # type: ignore[attr-defined]
+    setup_pictures(_changes.IMMUTABLE, _changes.ATOMS, _changes.held)
 else:
     ENTRY_BYTES = _entry.ENTRY_BYTES

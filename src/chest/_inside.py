@@ -66,10 +66,10 @@ class _StoreInside(Store):
         )
         self.touched: set[Any] = set()
 
-    def write(self, items: Sequence[Unwritten], deletes: Iterable[tuple[Any, bytes]] = ()) -> Written:
+    def write(self, items: Sequence[Unwritten], deletes: Iterable[tuple[Any, bytes]] = (), *, durable: bool = True) -> Written:
         deletes = list(deletes)
         self.touched.update([item.key for item in items], [key for key, _ in deletes])
-        return super().write(items, deletes)
+        return super().write(items, deletes, durable=durable)
 
     def write_base(self, item: Unwritten) -> Written:
         """Write what the key held before the transaction touched it."""

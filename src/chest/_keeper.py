@@ -292,7 +292,7 @@ class Keeper(Spiller):
             assert name is not None
             self._tombs[key] = name
             if len(self._tombs) >= MAX_TOMBS:
-                error = self._write([])
+                error = self._write([], durable=False)
                 if error is not None:
                     raise error
 
@@ -342,7 +342,7 @@ class Keeper(Spiller):
         """The last key, for ``popitem``: as ``reversed``, but quick to begin with, and however often it is called."""
         self._resolve()
         if len(self._tombs) > FEW:  # they would have to be passed over each time
-            self._write([])
+            self._write([], durable=False)
         own = None
         for passed, entry in enumerate(reversed(self._dirty.values())):
             if not entry.stored or entry.fresh:

@@ -200,10 +200,14 @@ class MemoryTier:
         return entry
 
     def let_go(self, batch: list[Entry]) -> list[Entry]:
-        """Remove those of a batch that are clean and cannot change; the others are returned. O(1) for each."""
+        """Remove those of a batch that are clean and cannot have changed; the others are returned. O(1) for each.
+
+        What cannot change by its type has no baseline. What can was not handed out since. (In C, what was is looked at too,
+        if that takes no more than a glance.)
+        """
         others = []
         for entry in batch:
-            if entry.alive and not entry.dirty and entry.baseline is None:
+            if entry.alive and not entry.dirty and (entry.baseline is None or not (entry.hot or entry.lent)):
                 self.remove(entry.key)
             else:
                 others.append(entry)

@@ -11,6 +11,7 @@ import xxhash
 
 from . import _changes, _keys
 from ._envelope import Envelope, open_body, open_file
+from ._hot import picture
 from ._records import BLOB, KIND, LOOSE, PACKED, Baseline, FileBaseline, Loaded, Ref
 from .abc import Index, Record
 from .errors import CorruptError, LoadError, MissingExtraError, short
@@ -196,7 +197,10 @@ class Reader:
             raise
         except Exception as error:
             raise self._unloadable(key, error) from error
-        return _loaded(Loaded, (value, record, None if type(value) in ATOMS or _changes.is_immutable(value) else body))
+        if type(value) in ATOMS:
+            return _loaded(Loaded, (value, record, None))
+        baseline = picture(value)  # now, before anybody else can hold it
+        return _loaded(Loaded, (value, record, baseline or (None if _changes.is_immutable(value) else body)))
 
     def _read_blob(self, key: Hashable, name: bytes, ref: Ref, record: Record) -> Loaded:
         path = self.blobs.path(ref.blob, ref.label)
@@ -279,10 +283,12 @@ class Reader:
         try:
             if isinstance(baseline, FileBaseline):
                 return self._file_changed(key, value, version, baseline)
-            data = self.codec.dumps(value)
             if isinstance(baseline, bytes):
+                data = self.codec.dumps(value)
                 return data != baseline and data != self.codec.dumps(self.codec.loads(baseline))
-            return _hash(data) != baseline and self.codec.digest(value) != baseline
+            if isinstance(baseline, int):
+                return _hash(self.codec.dumps(value)) != baseline and self.codec.digest(value) != baseline
+            return not baseline.matches(value)
         except Exception:
             return True  # the write that follows says what is wrong with it
 

@@ -21,6 +21,7 @@ __all__ = [
     "Baseline",
     "FileBaseline",
     "Loaded",
+    "Picture",
     "Ref",
     "Unwritten",
     "Written",
@@ -89,7 +90,14 @@ class FileBaseline(NamedTuple):
     again: Callable[[], memoryview] | None = None
 
 
-Baseline = bytes | int | FileBaseline | None
+class Picture(Protocol):
+    """What a value that was loaded looked like."""
+
+    def matches(self, value: object) -> bool:
+        """Whether it still looks like that."""
+
+
+Baseline = bytes | int | Picture | FileBaseline | None
 """What a value is compared with. None: it cannot change. Bytes: what it was loaded from. A number: the hash of its serialized
 bytes as it was, which it would be written as again."""
 
@@ -110,6 +118,8 @@ class Unwritten(Protocol):
     size: int
     seq: int
     fresh: bool
+    dirty: bool
+    lent: bool
 
 
 class Adopted(NamedTuple):

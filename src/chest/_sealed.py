@@ -110,6 +110,9 @@ class SealedIndex(Index):
         stored_deletes = [seal.name(name) for name in deletes]
         return self.stored.commit(sealed, stored_deletes, notes=None if notes is None else sealed_notes, meta=meta)
 
+    def sync(self) -> None:
+        self.stored.sync()
+
     def settle(
         self,
         finish: Callable[[bytes, Callable[[bytes], Record | None]], bool],

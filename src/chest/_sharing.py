@@ -104,9 +104,7 @@ class Sharing(Dictionary[K, V]):
         with self.lock:
             self._writable()
             if self._dirty or self._tombs:
-                unwritten = list(self._dirty.values())
-                error = self._write(unwritten, refused)
-                self._ask_who_holds(unwritten)
+                error = self._write(list(self._dirty.values()), refused, durable=False)  # as the transaction is, or not
                 if error is not None:
                     raise error
             self._transactions.add(token)

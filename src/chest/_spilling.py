@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 from . import _changes
-from ._hot import Entry, MemoryTier, State, settle_rows
+from ._hot import Entry, MemoryTier, State, baseline_bytes, is_held, settle_rows
 from ._records import COMMIT_BYTES, SMALL, Baseline, Written
 from ._sizing import nbytes
 from ._store import Store
@@ -59,7 +59,7 @@ class Spiller(State):
         self._found: dict[Any, tuple[Entry, Baseline, int, set[Any]]] = {}  # see `_catch_up`
         self._none_open = threading.Condition(self.lock)
         self._owner = 0  # the thread that a keeper inside of a transaction belongs to
-        self._n_commits = 0  # of this chest's own
+        self._n_commits = 0  # of this keeper's own
         self._closed = False
         self._failed: FailedError | ReadOnlyError | None = None  # why nothing is written (any more)
         if store.read_only:
@@ -215,7 +215,9 @@ class Spiller(State):
         but are clean. A commit costs a sync and a copy of every page that it touches: the more share it, the less each pays.
         Not so ``spare``, which is being replaced.
         """
-        unwritten = [entry for entry in victims if entry.dirty or (entry.baseline is not None and self._find_change(entry))]
+        others = self._tier.let_go(victims)
+        self._spills += len(victims) - len(others)
+        unwritten = [entry for entry in others if entry.dirty or self._has_changed(entry)]
         error = None
         failed: dict[Any, ChestError] = {}
         if unwritten:
@@ -227,13 +229,13 @@ class Spiller(State):
             along = self._tier.queued(self._dirty, SMALL, room) if room > 0 else []
             if spare is not None and spare.dirty:
                 along = [entry for entry in along if entry is not spare]
-            error = self._write(unwritten + along, failed)
+            error = self._write(unwritten + along, failed, durable=False)
             for entry in along:
                 if entry.dirty and entry.key in failed:
                     self._tier.keep(entry)
-        others = self._tier.let_go(victims)
-        self._spills += len(victims) - len(others)
-        for entry in others:
+        staying = self._tier.let_go(others)
+        self._spills += len(others) - len(staying)
+        for entry in staying:
             if entry.dirty:
                 if entry.key in failed:  # the others come first next time
                     self._tier.keep(entry)
@@ -248,14 +250,24 @@ class Spiller(State):
         self._lent.pop(entry.key, None)
         self._pinned.pop(entry.key, None)
 
+    def _has_changed(self, entry: Entry) -> bool:
+        """As `_find_change`, when a value is about to leave: if nobody holds it, and it has not, it is not lent any more."""
+        entry.lent = entry.lent or entry.hot
+        entry.hot = False  # who is handed it from here on will show
+        held = is_held(entry)
+        if self._find_change(entry):
+            return True
+        entry.lent = held
+        return False
+
     def _leave(self, entry: Entry) -> None:
+        """A clean value leaves memory. If it was handed out, and may have changed since, it is watched."""
         self._tier.remove(entry.key)
         self._spills += 1
-        if entry.baseline is not None:
-            held = _changes.held(entry.value)
-            if held:
-                entry.lent = True
-                self._watch(entry, held)
+        if entry.baseline is not None and (entry.hot or entry.lent):
+            entry.lent = True
+            # Who held it a moment ago may have let go after changing it: the next look tells.
+            self._watch(entry, _changes.held(entry.value) or _changes.Held.VALUE)
 
     def _watch(self, entry: Entry, held: _changes.Held) -> bool:
         """Keep a value that somebody holds: all of it, or a part of it as long as there is room for such."""
@@ -278,8 +290,7 @@ class Spiller(State):
         changed: list[Entry] = []
         for _ in range(len(lent) if everything else min(len(lent), POLLED)):
             key, entry = lent.popitem(last=False)
-            held = _changes.held(entry.value)
-            if held and self._watch(entry, held):
+            if is_held(entry) and (held := _changes.held(entry.value)) and self._watch(entry, held):
                 continue
             self._pinned.pop(key, None)
             if key not in self._entries and self._find_change(entry):
@@ -298,13 +309,15 @@ class Spiller(State):
             return None
         return self._evict(changed)
 
-    def _write(self, entries: Iterable[Entry], failed: dict[Any, ChestError] | None = None) -> ChestError | None:
+    def _write(
+        self, entries: Iterable[Entry], failed: dict[Any, ChestError] | None = None, *, durable: bool = True
+    ) -> ChestError | None:
         """Write entries and all deletions. The error, if nothing more can be written; ``failed`` takes what was refused."""
         if self._failed is not None:
             return self._why_not() if self._store.read_only else self._failed
         unwritten = list(entries)
         tombs = self._tombs
-        written = self._store.write(unwritten, [(key, name) for key, name in tombs.items()])
+        written = self._store.write(unwritten, [(key, name) for key, name in tombs.items()], durable=durable)
         since = self._take_commits()
         if tombs and (written.error is None or written.commits):
             tombs.clear()
@@ -346,25 +359,28 @@ class Spiller(State):
             self._write_now([] if entry is None else [entry])
 
     def _write_now(self, unwritten: list[Entry] | None = None) -> None:
-        """What is unwritten (all of it) is committed. Raises why something is not; it stays in memory."""
+        """What is unwritten (all of it) is committed, and durable. Raises why something is not; it stays in memory."""
         unwritten = list(self._dirty.values()) if unwritten is None else unwritten
         if not unwritten and not self._tombs:
+            self._sync_index()
             return
         self._writable()
         self._tier.retry()
         failed: dict[Any, ChestError] = {}
         error = self._write(unwritten, failed)
-        self._ask_who_holds(unwritten)
         if error is not None:
             raise error
         if failed:
             raise _summary(failed, self._store.path)
 
-    def _ask_who_holds(self, written: list[Entry]) -> None:
-        """Most values that were just written nobody holds any more: then there will be nothing to look at."""
-        for entry in written:
-            if not entry.dirty and entry.lent:
-                entry.lent = bool(_changes.held(entry.value))
+    def _sync_index(self) -> None:
+        """What was spilled survives a power cut, too."""
+        if self._failed is None:
+            try:
+                self._store.index.sync()
+            except FailedError as error:
+                self._remember(error)
+                raise
 
     def _sync(self) -> None:
         """Write everything. Raises what could not be written; all else is written all the same."""
@@ -381,15 +397,18 @@ class Spiller(State):
 
     def _empty(self) -> None:
         """Let everything leave memory that is written."""
-        for entry in list(self._entries.values()):
-            if not entry.dirty:
+        entries = list(self._entries.values())
+        staying = self._tier.let_go(entries)
+        self._spills += len(entries) - len(staying)
+        for entry in staying:
+            if not entry.dirty and entry.alive:
                 self._leave(entry)
         self._poll(everything=True)
 
 
 def size_of(value: Any, baseline: Baseline) -> int:
-    """Bytes that a value takes in memory, with the pickle that it is compared with."""
-    return nbytes(value) + len(baseline) if type(baseline) is bytes else nbytes(value)
+    """Bytes that a value takes in memory, with what it is compared with."""
+    return nbytes(value) if baseline is None else nbytes(value) + baseline_bytes(baseline)
 
 
 def _summary(failed: dict[Any, ChestError], path: str) -> ChestError:

@@ -21,7 +21,7 @@ import xxhash
 
 from . import _fs
 from ._changes import is_immutable
-from ._hot import pack_rows
+from ._hot import is_held, pack_rows
 from ._publishing import Publisher
 from ._records import (
     BLOB,
@@ -84,17 +84,18 @@ class Store(Publisher):
 
     # --- writing
 
-    def write(self, items: Sequence[Unwritten], deletes: Iterable[tuple[Any, bytes]] = ()) -> Written:
+    def write(self, items: Sequence[Unwritten], deletes: Iterable[tuple[Any, bytes]] = (), *, durable: bool = True) -> Written:
         """Write values and deletions; what cannot be serialized is left out and reported.
 
         All or nothing up to 4 MiB of small values (and, where there are more than 100,000 keys, 4,096 of them); beyond that in
-        several commits, in the order given. Durable on return.
+        several commits, in the order given. On return it survives a power cut, or if it need not be ``durable`` the death of
+        the process: a power cut may undo the last commits then, until something else is made durable.
         On a full disk deletions go first, for the room that they make.
         """
         doomed = list(deletes)
-        written = self._in_batches(items, self._serialize, doomed)
+        written = self._in_batches(items, self._serialize, doomed, durable)
         if isinstance(written.error, DiskFullError) and doomed and not written.commits and self._make_room(doomed):
-            return self._in_batches(items, self._serialize, [])
+            return self._in_batches(items, self._serialize, [], durable)
         return written
 
     def _make_room(self, doomed: list[tuple[Any, bytes]]) -> bool:
@@ -114,7 +115,7 @@ class Store(Publisher):
         """Take over values of another store with the same serializer. Otherwise as ``write``."""
         return self._in_batches(items, self._take_over, [])
 
-    def _in_batches(self, items: Sequence[Any], fill: _Fill, doomed: list[tuple[Any, bytes]]) -> Written:
+    def _in_batches(self, items: Sequence[Any], fill: _Fill, doomed: list[tuple[Any, bytes]], durable: bool = True) -> Written:
         if self.before_writing is not None:
             self.before_writing()
             self.before_writing = None
@@ -127,6 +128,8 @@ class Store(Publisher):
                 batch, doomed = _Batch(), []
             if batch.items or doomed:
                 self._commit(batch, doomed, written)
+            if durable:
+                self.index.sync()
         except ChestError as error:
             self._discard(batch)
             return written._replace(error=error)
@@ -176,6 +179,8 @@ class Store(Publisher):
             try:
                 name, typed = encode(key) or (self.name(key, create=True) or b"", self.codec.typed(key))
                 row: Row
+                if item.dirty:
+                    item.lent = is_held(item)  # asked before: see `_changes`
                 if item.size < small and len(body := dumps(value)) < SMALL:
                     baseline: Baseline = None if fixed(value) else _hash(body)
                     kind = PACKED

@@ -8,13 +8,14 @@ watched while the caller holds them, so ``for v in c.values(): v.append(1)`` is 
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, KeysView, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, ValuesView
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from ._hot import Entry
     from ._keeper import Keeper
-    from .abc import Record
+    from .abc import OrderItem, Record
 
 __all__ = ["Items", "Keys", "Values", "walk"]
 
@@ -28,44 +29,59 @@ BATCH_BYTES = 1 << 20  # of small ones as many as make this, or a page
 
 def walk(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, bytes | None]]:
     """Keys in insertion order, with their name in the index if that is where they come from."""
+    for page in _pages(keeper, reverse):
+        yield from page
+
+
+def _pages(keeper: Keeper, reverse: bool) -> Iterator[Iterable[tuple[Any, bytes | None]]]:
+    """The same in parts, each of which is to be looked through before the next one is asked for."""
     with keeper.lock:
         keeper._usable()
         own = keeper._own_new(reverse)
-    at, after = 0, None
-
-    def before(seq: int) -> bool:
-        return at < len(own) and (own[at].seq > seq if reverse else own[at].seq < seq)
-
+    own.reverse()  # the next one last
+    after = None
     while True:
         with keeper.lock:
             keeper._usable()
-            page = keeper._store.index.page(after, PAGE, reverse=reverse)
+            store = keeper._store  # another one in a process that was forked meanwhile
+            page = store.index.page(after, PAGE, reverse=reverse)
         if not page:
             break
-        for item in page:
-            while before(item.seq):
-                entry, at = own[at], at + 1
-                if entry.key in keeper:  # it may have been deleted since
-                    yield entry.key, None
-            if at < len(own) and own[at].seq == item.seq:
-                at += 1  # it has been written since, and this is it
-            key = keeper._store.key(item)
-            if (keeper._tombs or keeper._dirty) and keeper._hidden(key):
-                continue
-            yield key, item.name
         after = page[-1].seq
-    for entry in own[at:]:
-        if entry.key in keeper:
-            yield entry.key, None
+        if own and (own[-1].seq >= after if reverse else own[-1].seq <= after):
+            yield _merged(keeper, own, page, reverse)
+        elif keeper._tombs or keeper._dirty:
+            yield ((key, item[1]) for item in page if not keeper._hidden(key := store.key(item)))
+        else:
+            yield [(store.key(item), item[1]) for item in page]
+    yield ((entry.key, None) for entry in reversed(own) if entry.key in keeper)
+
+
+def _merged(keeper: Keeper, own: list[Entry], page: list[OrderItem], reverse: bool) -> Iterator[tuple[Any, bytes | None]]:
+    """A page of the index, and among it those unwritten keys whose places lie there; they are taken from ``own``."""
+    for item in page:
+        while own and (own[-1].seq > item.seq if reverse else own[-1].seq < item.seq):
+            key = own.pop().key
+            if key in keeper:  # it may have been deleted since
+                yield key, None
+        if own and own[-1].seq == item.seq:
+            own.pop()  # it has been written since, and this is it
+        key = keeper._store.key(item)
+        if not keeper._hidden(key):
+            yield key, item.name
 
 
 def walk_items(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, Any]]:
     """Keys and values in insertion order; the records of a batch are read in one go."""
     keeper._usable()
     keeper._take_all_changes()
-    pairs = walk(keeper, reverse=reverse)
+    for page in _pages(keeper, reverse):
+        yield from _with_values(keeper, iter(page))
+
+
+def _with_values(keeper: Keeper, pairs: Iterator[tuple[Any, bytes | None]]) -> Iterator[tuple[Any, Any]]:
     entries, lent, tombs, store = keeper._entries, keeper._lent, keeper._tombs, keeper._store
-    size = BATCH
+    size, before, passed = BATCH, None, None
     while batch := list(islice(pairs, size)):
         wanted = [n for k, n in batch if n is not None and k not in entries and k not in lent]
         with keeper.lock:
@@ -76,6 +92,12 @@ def walk_items(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, 
         size = _next_size(found)
         for key, name in batch:
             record = None if name is None else records.pop(name, None)
+            item = None if record is None else keeper._pass(key, record, n_commits, generation)
+            if item is not None:
+                keeper._give_back(before)  # a loop still holds the last one
+                before, passed = passed, key
+                yield item
+                continue
             loaded = None
             if (
                 record is not None

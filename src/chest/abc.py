@@ -82,6 +82,10 @@ class Index(ABC):
     def get(self, name: bytes) -> Record | None:
         """The newest record of a key, None where there is none. The hot path of a cold read."""
 
+    def look_up(self, name: bytes) -> Record | None:
+        """As ``get``, or ``NotImplemented`` where there is more to it than a look: then ``get`` tells."""
+        return self.get(name)
+
     @abstractmethod
     def get_many(self, names: Sequence[bytes]) -> tuple[int, list[Record | None]]:
         """The version of one snapshot, and the records in it, in the order of ``names``."""
@@ -95,7 +99,9 @@ class Index(ABC):
         notes: Callable[[dict[bytes, Record]], Sequence[bytes]] | None = None,
         meta: dict[bytes, bytes] | None = None,
     ) -> Commit:
-        """Write all of it or nothing; durable on return where the index is. Names are distinct (across puts and deletes).
+        """Write all of it or nothing: it survives the death of the process, and once ``sync`` has returned a power cut, too.
+
+        With notes or settings it is durable at once. Names are distinct (across puts and deletes).
 
         A put is a ``Put`` or a tuple with the same items.
 
@@ -103,6 +109,10 @@ class Index(ABC):
         overwritten or deleted and whose ``kind & 3`` is not 0 (nothing outside of the index belongs to those); what it returns
         is part of the commit and kept until ``settle`` has dealt with it. It must be quick, and may be called again.
         """
+
+    @abstractmethod
+    def sync(self) -> None:
+        """All that was committed here is durable on return, where the index is. One call for many commits."""
 
     @abstractmethod
     def settle(

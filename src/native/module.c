@@ -5,6 +5,7 @@
 int state_ready(PyObject *module);
 int rows_ready(PyObject *module);
 int sizes_ready(PyObject *module);
+int pictures_ready(PyObject *module);
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
@@ -18,7 +19,7 @@ PyInit__native(void)
 {
     PyObject *module = PyModule_Create(&definition);
     if (module != NULL && (tier_ready(module) < 0 || state_ready(module) < 0 || rows_ready(module) < 0 ||
-                           sizes_ready(module) < 0)) {
+                           sizes_ready(module) < 0 || pictures_ready(module) < 0)) {
         Py_CLEAR(module);
     }
     return module;

@@ -61,6 +61,13 @@ is_fixed(PyObject *value)
     return is_fixed_to(value, 4);
 }
 
+/* Whether a value certainly can change. */
+int
+is_container(PyObject *value)
+{
+    return PyDict_CheckExact(value) || PyList_CheckExact(value) || PySet_CheckExact(value) || PyByteArray_CheckExact(value);
+}
+
 static PyObject *
 pack_rows(PyObject *Py_UNUSED(module), PyObject *args)
 {
@@ -80,8 +87,18 @@ pack_rows(PyObject *Py_UNUSED(module), PyObject *args)
         if (name == NULL) {
             break;
         }
+        int atomic = is_fixed(entry->value);
+        if (entry->dirty && !atomic) {
+            /* Asked before it is serialized: what nobody holds cannot differ from what is written, unless it is handed out. */
+            int held = entry_is_held(entry);
+            if (held < 0) {
+                Py_DECREF(name);
+                PyErr_Clear();
+                break;
+            }
+            entry->lent = (char)held;
+        }
         PyObject *value = Py_NewRef(entry->value);
-        int atomic = is_fixed(value);
         PyObject *body = PyObject_CallOneArg(atomic ? dumps_atom : dumps, value);
         PyObject *baseline = NULL;
         if (body != NULL && PyBytes_CheckExact(body) && PyBytes_GET_SIZE(body) < small) {
@@ -89,9 +106,12 @@ pack_rows(PyObject *Py_UNUSED(module), PyObject *args)
                 baseline = Py_NewRef(Py_None);
             }
             else {
-                PyObject *answer = PyObject_CallOneArg(fixed, value);
-                int yes = answer == NULL ? -1 : PyObject_IsTrue(answer);
-                Py_XDECREF(answer);
+                int yes = 0;
+                if (!is_container(value)) {
+                    PyObject *answer = PyObject_CallOneArg(fixed, value);
+                    yes = answer == NULL ? -1 : PyObject_IsTrue(answer);
+                    Py_XDECREF(answer);
+                }
                 baseline = yes < 0 ? NULL : yes ? Py_NewRef(Py_None) : PyObject_CallOneArg(hash, body);
             }
         }
@@ -356,6 +376,21 @@ new_tuple(PyTypeObject *type, PyObject **fields, Py_ssize_t n)
     return tuple;
 }
 
+/* The record that lies under a name, None if it is not what was written; NULL with an exception set. */
+static PyObject *
+record_of(PyTypeObject *type, PyObject *name, PyObject *data, PyObject *digest)
+{
+    Py_ssize_t n_data = PyBytes_GET_SIZE(data) - 8;
+    const char *bytes = PyBytes_AS_STRING(data);
+    int whole = n_data < 17 ? 0 : is_sealed(digest, name, data);
+    if (whole <= 0) {
+        return whole < 0 ? NULL : Py_NewRef(Py_None);
+    }
+    PyObject *fields[] = {PyLong_FromUnsignedLongLong(get_number(bytes, 0)), PyLong_FromUnsignedLongLong(get_number(bytes + 8, 0)),
+                          PyLong_FromLong((unsigned char)bytes[16]), PyBytes_FromStringAndSize(bytes + 17, n_data - 17)};
+    return new_tuple(type, fields, 4);
+}
+
 static PyObject *
 read_record(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n)
 {
@@ -363,15 +398,103 @@ read_record(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n)
         PyErr_SetString(PyExc_TypeError, "read_record(type, name, data, digest)");
         return NULL;
     }
-    Py_ssize_t n_data = PyBytes_GET_SIZE(args[2]) - 8;
-    const char *bytes = PyBytes_AS_STRING(args[2]);
-    int whole = n_data < 17 ? 0 : is_sealed(args[3], args[1], args[2]);
-    if (whole <= 0) {
-        return whole < 0 ? NULL : Py_NewRef(Py_None);
+    return record_of((PyTypeObject *)args[0], args[1], args[2], args[3]);
+}
+
+static PyObject *
+read_records(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *pairs, *digest;
+    PyTypeObject *type;
+    if (!PyArg_ParseTuple(args, "O!O!O:read_records", &PyType_Type, &type, &PyList_Type, &pairs, &digest)) {
+        return NULL;
     }
-    PyObject *fields[] = {PyLong_FromUnsignedLongLong(get_number(bytes, 0)), PyLong_FromUnsignedLongLong(get_number(bytes + 8, 0)),
-                          PyLong_FromLong((unsigned char)bytes[16]), PyBytes_FromStringAndSize(bytes + 17, n_data - 17)};
-    return new_tuple((PyTypeObject *)args[0], fields, 4);
+    PyObject *records = PyList_New(0);
+    for (Py_ssize_t i = 0; records != NULL && i < PyList_GET_SIZE(pairs); i++) {
+        PyObject *pair = Py_NewRef(PyList_GET_ITEM(pairs, i)), *record = NULL;
+        if (is_pair(pair)) {
+            record = record_of(type, PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1), digest);
+        }
+        if (record == Py_None) {
+            Py_SETREF(records, Py_NewRef(PyTuple_GET_ITEM(pair, 0)));
+            Py_DECREF(record);
+            Py_DECREF(pair);
+            return records;
+        }
+        if (record == NULL || PyList_Append(records, record) < 0) {
+            Py_CLEAR(records);
+        }
+        Py_XDECREF(record);
+        Py_DECREF(pair);
+    }
+    return records;
+}
+
+static PyObject *text_abort, *text_begin, *text_get, *text_index, *text_shut;
+
+/* Look up a name as `Environment.read` does: inside of the gate, in a transaction of its own. NotImplemented where the gate is
+   shut, or LMDB has something to say: then it is for Python to wait, or to translate. */
+static PyObject *
+look_up(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n)
+{
+    if (n != 6 || !PyType_Check(args[0]) || !PyList_CheckExact(args[3]) || !PyBytes_Check(args[5])) {
+        PyErr_SetString(PyExc_TypeError, "look_up(type, environment, digest, inside, gate, name)");
+        return NULL;
+    }
+    PyObject *inside = args[3], *name = args[5], *data = NULL;
+    PyObject *ident = PyLong_FromUnsignedLong(PyThread_get_thread_ident());
+    if (ident == NULL || PyList_Append(inside, ident) < 0) {
+        Py_XDECREF(ident);
+        return NULL;
+    }
+    PyObject *shut = PyObject_GetAttr(args[4], text_shut);
+    if (shut == Py_False) {
+        PyObject *begin = PyObject_GetAttr(args[1], text_begin);
+        PyObject *database = begin == NULL ? NULL : PyObject_GetAttr(args[1], text_index);
+        PyObject *transaction = database == NULL ? NULL : PyObject_CallOneArg(begin, database);
+        Py_XDECREF(begin);
+        Py_XDECREF(database);
+        if (transaction != NULL) {
+            data = PyObject_CallMethodOneArg(transaction, text_get, name);
+            PyObject *type, *error, *traceback;
+            PyErr_Fetch(&type, &error, &traceback);
+            PyObject *ended = PyObject_CallMethodNoArgs(transaction, text_abort);
+            if (ended == NULL) {
+                PyErr_Clear();
+            }
+            Py_XDECREF(ended);
+            Py_DECREF(transaction);
+            PyErr_Restore(type, error, traceback);
+        }
+    }
+    PyObject *type, *error, *traceback;
+    PyErr_Fetch(&type, &error, &traceback);
+    for (Py_ssize_t i = PyList_GET_SIZE(inside) - 1; i >= 0; i--) { /* its own, or another one of this thread: they are alike */
+        PyObject *other = PyList_GET_ITEM(inside, i);
+        if (other == ident || PyObject_RichCompareBool(other, ident, Py_EQ) > 0) {
+            PyList_SetSlice(inside, i, i + 1, NULL);
+            break;
+        }
+    }
+    Py_DECREF(ident);
+    PyErr_Restore(type, error, traceback);
+    Py_XDECREF(shut);
+    PyObject *record = data;
+    if (data == NULL) {
+        if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) {
+            return NULL;
+        }
+        PyErr_Clear();
+        return Py_NewRef(Py_NotImplemented);
+    }
+    if (data != Py_None) {
+        record = PyBytes_Check(data) ? record_of((PyTypeObject *)args[0], name, data, args[2]) : Py_NewRef(Py_None);
+        Py_DECREF(data);
+        if (record == Py_None) { /* damaged: Python says so */
+            Py_SETREF(record, Py_NewRef(Py_NotImplemented));
+        }
+    }
+    return record;
 }
 
 static PyObject *
@@ -509,7 +632,7 @@ settle_rows(PyObject *Py_UNUSED(module), PyObject *args)
         entry->epoch = epoch;
         Py_SETREF(entry->stored, Py_NewRef(Py_True));
         entry->fresh = 0;
-        entry->lent = entry->baseline != Py_None;
+        entry->lent = entry->lent && entry->baseline != Py_None;
         if (entry->round) {
             found = found < 0 ? -1 : PyList_Append(stuck, (PyObject *)entry);
         }
@@ -529,6 +652,8 @@ static PyMethodDef functions[] = {
     {"record_pairs", record_pairs, METH_VARARGS, NULL},
     {"order_pairs", order_pairs, METH_VARARGS, NULL},
     {"read_record", (PyCFunction)(void (*)(void))read_record, METH_FASTCALL, NULL},
+    {"read_records", read_records, METH_VARARGS, NULL},
+    {"look_up", (PyCFunction)(void (*)(void))look_up, METH_FASTCALL, NULL},
     {"read_key", (PyCFunction)(void (*)(void))read_key, METH_FASTCALL, NULL},
     {"read_order", read_order, METH_VARARGS, NULL},
     {"read_places", read_places, METH_VARARGS, NULL},
@@ -539,5 +664,13 @@ static PyMethodDef functions[] = {
 int
 rows_ready(PyObject *module)
 {
+    text_abort = PyUnicode_InternFromString("abort");
+    text_begin = PyUnicode_InternFromString("begin");
+    text_get = PyUnicode_InternFromString("get");
+    text_index = PyUnicode_InternFromString("index");
+    text_shut = PyUnicode_InternFromString("shut");
+    if (text_abort == NULL || text_begin == NULL || text_get == NULL || text_index == NULL || text_shut == NULL) {
+        return -1;
+    }
     return PyType_Ready(&Pairs_Type) < 0 || PyModule_AddFunctions(module, functions) < 0 ? -1 : 0;
 }

@@ -156,6 +156,20 @@ add(Walk *walk, PyObject *value, int depth)
     return leaf > 0 ? add_answer(walk, getsizeof, value, 0) : leaf;
 }
 
+/* The bytes of a value and of all that it holds: 1; 0 where it is not that simple; -1 with an exception set. */
+int
+size_of_members(PyObject *value, PyObject *quick, PyObject *leaves, long long *size)
+{
+    Walk walk = {.quick = quick, .leaves = leaves, .n_left = MOST, .n_slots = 64};
+    walk.seen = walk.first;
+    int result = add(&walk, value, 0);
+    if (walk.seen != walk.first) {
+        PyMem_Free(walk.seen);
+    }
+    *size = walk.size;
+    return result;
+}
+
 static PyObject *
 size_of_plain(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n)
 {
@@ -163,13 +177,9 @@ size_of_plain(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n)
         PyErr_SetString(PyExc_TypeError, "size_of_plain(quick, leaves, otherwise, value)");
         return NULL;
     }
-    Walk walk = {.quick = args[0], .leaves = args[1], .n_left = MOST, .n_slots = 64};
-    walk.seen = walk.first;
-    int result = add(&walk, args[3], 0);
-    if (walk.seen != walk.first) {
-        PyMem_Free(walk.seen);
-    }
-    return result < 0 ? NULL : result ? PyLong_FromLongLong(walk.size) : PyObject_CallOneArg(args[2], args[3]);
+    long long size;
+    int result = size_of_members(args[3], args[0], args[1], &size);
+    return result < 0 ? NULL : result ? PyLong_FromLongLong(size) : PyObject_CallOneArg(args[2], args[3]);
 }
 
 static PyMethodDef functions[] = {

@@ -11,26 +11,29 @@ typedef struct {
     PyObject *lock, *tier, *entries, *dirty, *unsure, *tombs, *lent, *transaction, *failed, *generation, *store;
     Py_buffer view; /* of the generation */
     unsigned long long seen, next_seq;
-    long long epoch, hits, misses;
+    long long epoch, hits, misses, n_commits;
     int salt;
     char closed, write_through, plain;
 } State;
 
-/* `nbytes`, the types whose values `sys.getsizeof` measures, and `is_immutable`. */
-static PyObject *measure, *leaves, *is_immutable;
+#define MANY_LENT 16
+
+/* `nbytes`, the types whose values `sys.getsizeof` measures, those containers that need no walk in Python, and `is_immutable`. */
+static PyObject *measure, *leaves, *quick, *is_immutable;
 
 #define TEXTS(_)                                                                                                               \
     _(acquire)                                                                                                                 \
     _(codec)                                                                                                                   \
-    _(get)                                                                                                                     \
     _(index)                                                                                                                   \
     _(loads)                                                                                                                   \
+    _(look_up)                                                                                                                 \
     _(release)                                                                                                                 \
     _(_absent)                                                                                                                 \
     _(_contains_slowly)                                                                                                        \
     _(_delete_slowly)                                                                                                          \
     _(_get_slowly)                                                                                                             \
     _(_make_room)                                                                                                              \
+    _(_poll)                                                                                                                   \
     _(_set_slowly)
 #define DECLARE(name) static PyObject *text_##name;
 TEXTS(DECLARE)
@@ -151,6 +154,13 @@ size_of_value(PyObject *value)
     if (leaf && type == &PyBytes_Type) {
         return (long long)PyBytes_Type.tp_basicsize + PyBytes_GET_SIZE(value);
     }
+    if (!leaf) {
+        long long bytes = 0;
+        int walked = size_of_members(value, quick, leaves, &bytes);
+        if (walked) {
+            return walked < 0 ? -1 : bytes;
+        }
+    }
     result = PyObject_CallOneArg(measure, value);
     if (result == NULL) {
         return -1;
@@ -242,25 +252,36 @@ fetch(State *self, PyObject *key)
     int here = PyDict_Contains(self->entries, key);
     PyObject *name = here == 0 ? simple_name(key) : NULL;
     PyObject *index = name == NULL || self->store == NULL ? NULL : PyObject_GetAttr(self->store, text_index);
-    PyObject *record = index == NULL ? NULL : PyObject_CallMethodOneArg(index, text_get, name);
+    PyObject *look_up = index == NULL ? NULL : PyObject_GetAttr(index, text_look_up);
+    PyObject *record = look_up == NULL ? NULL : PyObject_CallOneArg(look_up, name);
+    Py_XDECREF(look_up);
     Py_XDECREF(index);
     Py_XDECREF(name);
+    if (record == Py_NotImplemented) {
+        Py_CLEAR(record);
+    }
     return record;
 }
 
-/* The value behind a record of the index, which is in the tier now; NULL where it is not that simple, maybe with an exception. */
-static PyObject *
-admit(State *self, PyObject *key, PyObject *record)
+/* A value that was read, and what is to be known of it. */
+typedef struct {
+    PyObject *value, *baseline; /* NULL: it cannot change */
+    unsigned long long seq, version;
+} Loaded;
+
+/* The value behind a record of the index; 0 where it is not that simple, maybe with an exception. */
+static int
+load(State *self, PyObject *record, Loaded *loaded)
 {
     if (!PyTuple_Check(record) || PyTuple_GET_SIZE(record) != 4) {
-        return NULL;
+        return 0;
     }
     PyObject *body = PyTuple_GET_ITEM(record, 3);
-    unsigned long long seq = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(record, 1));
-    unsigned long long version = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(record, 0));
+    loaded->version = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(record, 0));
+    loaded->seq = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(record, 1));
     long long kind = PyLong_AsLongLong(PyTuple_GET_ITEM(record, 2));
     if (PyErr_Occurred() || (kind != 0 && kind != 1) || !PyBytes_CheckExact(body)) { /* PACKED, LOOSE */
-        return NULL;
+        return 0;
     }
     PyObject *codec = self->store == NULL ? NULL : PyObject_GetAttr(self->store, text_codec);
     PyObject *loads = codec == NULL ? NULL : PyObject_GetAttr(codec, text_loads);
@@ -268,18 +289,62 @@ admit(State *self, PyObject *key, PyObject *record)
     Py_XDECREF(codec);
     Py_XDECREF(loads);
     if (value == NULL) {
-        return NULL;
+        return 0;
     }
     int fixed = is_fixed(value);
-    if (!fixed) {
-        PyObject *answer = PyObject_CallOneArg(is_immutable, value);
-        fixed = answer == NULL ? -1 : PyObject_IsTrue(answer);
-        Py_XDECREF(answer);
+    loaded->baseline = fixed ? NULL : picture_of(value); /* now, before anybody else can hold it */
+    if (!fixed && loaded->baseline == NULL) {
+        if (!is_container(value)) {
+            PyObject *answer = PyObject_CallOneArg(is_immutable, value);
+            fixed = answer == NULL ? -1 : PyObject_IsTrue(answer);
+            Py_XDECREF(answer);
+            if (fixed < 0) {
+                Py_DECREF(value);
+                return 0;
+            }
+        }
+        loaded->baseline = fixed ? NULL : Py_NewRef(body);
     }
-    long long size = fixed < 0 ? -1 : size_of_value(value) + (fixed ? 0 : PyBytes_GET_SIZE(body));
+    loaded->value = value;
+    return 1;
+}
+
+/* An entry of what was read, which takes it over; NULL with an exception set. */
+static Entry *
+entry_of(PyObject *key, Loaded *loaded, long long size, long long epoch)
+{
+    Entry *entry = entry_new(key, loaded->value, size);
+    if (entry != NULL) {
+        entry->epoch = epoch;
+        entry->seq = loaded->seq;
+        entry->version = loaded->version;
+        entry->lent = 1;
+        Py_SETREF(entry->stored, Py_NewRef(Py_True));
+        if (loaded->baseline != NULL) {
+            Py_SETREF(entry->baseline, Py_NewRef(loaded->baseline));
+        }
+    }
+    Py_CLEAR(loaded->value);
+    Py_CLEAR(loaded->baseline);
+    return entry;
+}
+
+/* The value behind a record of the index, which is in the tier now; NULL where it is not that simple, maybe with an exception. */
+static PyObject *
+admit(State *self, PyObject *key, PyObject *record)
+{
+    Loaded loaded = {NULL};
+    if (!load(self, record, &loaded)) {
+        return NULL;
+    }
+    long long size = size_of_value(loaded.value);
+    if (size >= 0 && loaded.baseline != NULL) {
+        size += bytes_of_baseline(loaded.baseline);
+    }
     Tier *tier = (Tier *)self->tier;
-    if (PyErr_Occurred() || size < 0 || size > tier->limit) {
-        Py_DECREF(value);
+    if (size < 0 || size > tier->limit) {
+        Py_DECREF(loaded.value);
+        Py_XDECREF(loaded.baseline);
         return NULL;
     }
     PyObject *result = Py_None;
@@ -291,30 +356,113 @@ admit(State *self, PyObject *key, PyObject *record)
         Py_XDECREF(number);
         Py_XDECREF(result);
     }
-    Entry *entry = result == NULL ? NULL : entry_new(key, value, size);
+    if (result == NULL) {
+        Py_DECREF(loaded.value);
+        Py_XDECREF(loaded.baseline);
+        return NULL;
+    }
+    Entry *entry = entry_of(key, &loaded, size, epoch);
     /* Whatever may run code of the user's, the collector for one, lies behind: has it written the key? */
     if (entry == NULL || self->closed || self->transaction != Py_None || tier->usage + needed > tier->limit ||
-        PyDict_GET_SIZE(self->tombs) != 0 || PyDict_Contains(tier->entries, key) != 0) {
+        PyDict_GET_SIZE(self->tombs) != 0 || PyDict_Contains(tier->entries, key) != 0 || tier_add(tier, entry) < 0) {
         Py_XDECREF(entry);
-        Py_DECREF(value);
         return NULL;
     }
-    entry->epoch = epoch;
-    entry->seq = seq;
-    entry->version = version;
-    entry->lent = 1;
-    Py_SETREF(entry->stored, Py_NewRef(Py_True));
-    if (!fixed) {
-        Py_SETREF(entry->baseline, Py_NewRef(body));
-    }
-    int bad = tier_add(tier, entry) < 0;
+    PyObject *value = Py_NewRef(entry->value);
     Py_DECREF(entry);
-    if (bad) {
-        Py_DECREF(value);
-        return NULL;
-    }
     self->misses++;
     return value;
+}
+
+/* The number in an index's generation is the one given, and this chest has not committed since `n_commits` were counted. */
+static int
+is_unmoved(State *self, unsigned long long generation, long long n_commits)
+{
+    return self->view.obj != NULL && *(volatile unsigned long long *)self->view.buf == generation &&
+           self->n_commits == n_commits && !self->closed && self->transaction == Py_None;
+}
+
+/* Whether a key is neither in memory nor deleted, so that what the index says of it counts. */
+static int
+is_elsewhere(State *self, PyObject *key)
+{
+    return is_dict(self->entries) && is_dict(self->tombs) && self->lent != NULL && PyDict_Check(self->lent) &&
+           PyDict_Contains(self->entries, key) == 0 && PyDict_Contains(self->lent, key) == 0 &&
+           PyDict_Contains(self->tombs, key) == 0;
+}
+
+/* `_pass`: (key, value) of a record that was read when the generation and the number of commits were these; the value is lent if it
+   can change. None where it is not that simple. */
+static PyObject *
+State_pass(State *self, PyObject *const *args, Py_ssize_t n)
+{
+    if (n != 4) {
+        PyErr_SetString(PyExc_TypeError, "_pass(key, record, n_commits, generation)");
+        return NULL;
+    }
+    PyObject *key = args[0];
+    long long n_commits = PyLong_AsLongLong(args[2]);
+    unsigned long long generation = PyLong_AsUnsignedLongLong(args[3]);
+    if (PyErr_Occurred()) {
+        return NULL;
+    }
+    PyObject *lock = enter(self, key), *pair = NULL;
+    if (lock == NULL) {
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    }
+    Loaded loaded = {NULL};
+    if (is_unmoved(self, generation, n_commits) && is_elsewhere(self, key) && load(self, args[1], &loaded)) {
+        int changes = loaded.baseline != NULL;
+        Py_ssize_t n_lent = PyObject_Size(self->lent);
+        if (changes && n_lent > MANY_LENT) { /* they are looked at as fast as they come */
+            PyObject *done = PyObject_CallMethodNoArgs((PyObject *)self, text__poll);
+            Py_XDECREF(done);
+        }
+        PyObject *value = PyErr_Occurred() ? NULL : Py_NewRef(loaded.value);
+        long long epoch = self->epoch;
+        Entry *entry = value == NULL || !changes ? NULL : entry_of(key, &loaded, 0, epoch);
+        /* Loading may have run code of the user's: has it written the key? */
+        if (value != NULL && (entry != NULL || !changes) && is_unmoved(self, generation, n_commits) && is_elsewhere(self, key) &&
+            (!changes || PyObject_SetItem(self->lent, key, (PyObject *)entry) == 0)) {
+            pair = PyTuple_Pack(2, key, value);
+        }
+        Py_XDECREF(value);
+        Py_XDECREF(entry);
+        Py_XDECREF(loaded.value);
+        Py_XDECREF(loaded.baseline);
+    }
+    if (leave(lock) < 0) {
+        Py_XDECREF(pair);
+        return NULL;
+    }
+    if (pair == NULL && (!PyErr_Occurred() || is_left_to_python())) {
+        pair = Py_NewRef(Py_None);
+    }
+    return pair;
+}
+
+/* `_give_back`: a value that was passed on is not lent any more, if nobody holds it and it has not changed. */
+static PyObject *
+State_give_back(State *self, PyObject *key)
+{
+    if (self->lent != NULL && PyDict_Check(self->lent) && is_simple_key(key)) {
+        PyObject *found = PyDict_GetItemWithError(self->lent, key); /* all of it in one step, and so without the lock */
+        if (found != NULL && Py_IS_TYPE(found, &Entry_Type)) {
+            Entry *entry = (Entry *)found;
+            if (!entry->dirty && held_at_a_glance(entry) == 0 && picture_matches(entry->baseline, entry->value)) {
+                Py_INCREF(entry); /* what it refers to is let go of when nothing is under way any more */
+                int bad = PyObject_DelItem(self->lent, key);
+                Py_DECREF(entry);
+                if (bad < 0) {
+                    return NULL;
+                }
+            }
+        }
+        else if (PyErr_Occurred()) {
+            return NULL;
+        }
+    }
+    Py_RETURN_NONE;
 }
 
 static PyObject *
@@ -467,13 +615,14 @@ State_ass_subscript(State *self, PyObject *key, PyObject *value)
 static PyObject *
 State_setup(PyObject *Py_UNUSED(type), PyObject *args)
 {
-    PyObject *nbytes, *types, *fixed;
+    PyObject *nbytes, *types, *containers, *fixed;
     long long bytes;
-    if (!PyArg_ParseTuple(args, "OO!OL:setup", &nbytes, &PySet_Type, &types, &fixed, &bytes)) {
+    if (!PyArg_ParseTuple(args, "OO!O!OL:setup", &nbytes, &PySet_Type, &types, &PyDict_Type, &containers, &fixed, &bytes)) {
         return NULL;
     }
     Py_XSETREF(measure, Py_NewRef(nbytes));
     Py_XSETREF(leaves, Py_NewRef(types));
+    Py_XSETREF(quick, Py_NewRef(containers));
     Py_XSETREF(is_immutable, Py_NewRef(fixed));
     entry_bytes = bytes;
     Py_RETURN_NONE;
@@ -500,6 +649,7 @@ static PyMemberDef State_members[] = {
     {"_epoch", T_LONGLONG, offsetof(State, epoch), 0, NULL},
     {"_hits", T_LONGLONG, offsetof(State, hits), 0, NULL},
     {"_misses", T_LONGLONG, offsetof(State, misses), 0, NULL},
+    {"_n_commits", T_LONGLONG, offsetof(State, n_commits), 0, NULL},
     {"_salt", T_INT, offsetof(State, salt), 0, NULL},
     {"_closed", T_BOOL, offsetof(State, closed), 0, NULL},
     {"_write_through", T_BOOL, offsetof(State, write_through), 0, NULL},
@@ -509,6 +659,8 @@ static PyMemberDef State_members[] = {
 
 static PyMethodDef State_methods[] = {
     {"_setup", State_setup, METH_VARARGS | METH_STATIC, NULL},
+    {"_pass", (PyCFunction)(void (*)(void))State_pass, METH_FASTCALL, NULL},
+    {"_give_back", (PyCFunction)State_give_back, METH_O, NULL},
     {NULL},
 };
 
@@ -547,7 +699,8 @@ state_ready(PyObject *module)
     measure = Py_NewRef(Py_None);
     is_immutable = Py_NewRef(Py_None);
     leaves = PySet_New(NULL);
-    if (leaves == NULL || PyType_Ready(&State_Type) < 0) {
+    quick = PyDict_New();
+    if (leaves == NULL || quick == NULL || PyType_Ready(&State_Type) < 0) {
         return -1;
     }
     Py_INCREF(&State_Type);

@@ -555,6 +555,14 @@ Tier_remove(Tier *self, PyObject *key)
     return take_out(self, entry) < 0 ? NULL : (PyObject *)entry;
 }
 
+/* Whether a clean value has not changed, and nobody can change it any more. What is looked at is looked at in one step. */
+static int
+is_done_with(Entry *entry)
+{
+    return entry->baseline == Py_None || (!entry->hot && !entry->lent) ||
+           (held_at_a_glance(entry) == 0 && picture_matches(entry->baseline, entry->value));
+}
+
 static PyObject *
 Tier_let_go(Tier *self, PyObject *batch)
 {
@@ -566,7 +574,7 @@ Tier_let_go(Tier *self, PyObject *batch)
     for (Py_ssize_t i = 0; others != NULL && i < PyList_GET_SIZE(batch); i++) {
         Entry *entry = (Entry *)Py_NewRef(PyList_GET_ITEM(batch, i));
         int bad = expect_entry((PyObject *)entry);
-        if (!bad && !entry->dirty && entry->alive && entry->baseline == Py_None) {
+        if (!bad && !entry->dirty && entry->alive && is_done_with(entry)) {
             bad = take_out(self, entry);
             if (!bad) {
                 Py_DECREF(entry);

@@ -51,6 +51,7 @@ class Environment:
         map_size: bytes.
         failed: why it takes no more commits, or None.
         abandoned: a write transaction that another thread than its own (by ident) has ended.
+        newest, durable: the number of the last commit of this process, and of one that no power cut can undo.
         lost: this process was forked off the one that opened it, and must not touch it.
     """
 
@@ -69,6 +70,7 @@ class Environment:
         self.lost = False
         self.abandoned: tuple[Any, int] | None = None
         self.n_users = 1
+        self.newest = self.durable = 0
         self._writer = threading.Lock()  # the threads of this process queue here, not inside of the gate
         self._writing = 0  # the thread that holds it
         self._attach()
@@ -94,7 +96,7 @@ class Environment:
                     readahead=False,  # where the index is larger than memory, 17 times faster to read at random
                     mode=0o600,
                     sync=self.sync,
-                    metasync=True,
+                    metasync=False,  # a commit is whole after a power cut, or undone: `sync_to_disk` makes it last
                     writemap=False,
                     create=False,
                     lib_version=0,
@@ -247,9 +249,11 @@ class Environment:
         self.refuse_lost()
         # Stored while this thread holds the writers' lock, so that nobody can see the commit under the old generation.
         # If an interrupt comes in between, it stays: whether the commit took place is not known here.
-        self.generation[0] = txn.id()
+        version = txn.id()
+        self.generation[0] = version
         try:
             txn.commit()
+            self.newest = version
         except (lmdb.MapFullError, lmdb.MemoryError, lmdb.TxnFullError):
             raise
         except lmdb.Error as error:
@@ -351,10 +355,12 @@ class Environment:
             yield
 
     def sync_to_disk(self) -> None:
-        """All that was committed is durable."""
+        """All that this process has committed is durable."""
+        newest = self.newest
         try:
             with GATE.entered():  # a child that was forked meanwhile could not close what it inherits
                 self._env.sync(True)
+                self.durable = max(self.durable, newest)
         except lmdb.Error as error:
             raise self._fail(error) from error
 

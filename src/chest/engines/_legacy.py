@@ -149,6 +149,10 @@ class LegacyIndex(Index):
         commit = self.upgrade().commit(puts, deletes, notes=notes, meta=meta)
         return commit
 
+    def sync(self) -> None:
+        if self._real is not None:
+            self._real.sync()
+
     def transaction(self) -> AbstractContextManager[Index]:
         return self.upgrade().transaction()
 

@@ -17,14 +17,14 @@ import contextlib
 import os
 from _thread import get_ident
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any, NoReturn, cast
 
-import lmdb
 from xxhash import xxh3_64_digest as _digest
 
 from .. import _fs
-from .._hot import order_pairs, read_order, read_places, read_record, record_pairs
+from .._hot import look_up, order_pairs, read_order, read_places, read_record, read_records, record_pairs
 from ..abc import Commit, Index, OrderItem, Put, Record
 from ..errors import ClosedError
 from . import _log, _reserve
@@ -41,8 +41,6 @@ from ._gate import GATE
 
 __all__ = ["LmdbIndex"]
 
-_inside = GATE.inside
-_FAILED = object()
 _PAGE_BYTES = 4 << 20  # a page of the order ends here, too: keys may be large
 
 
@@ -55,6 +53,7 @@ class LmdbIndex(Index):
         self._env = env
         self._sync = sync
         self.generation = env.generation
+        self.look_up = partial(look_up, Record, env, _digest, GATE.inside, GATE)  # type: ignore[method-assign]
 
     @classmethod
     def open(
@@ -83,29 +82,12 @@ class LmdbIndex(Index):
 
     def get(self, name: bytes) -> Record | None:
         """The newest record of a key, None where there is none."""
-        env = self._env
-        ident = get_ident()
-        # `Environment.read`, spelled out: this is the path that everything cold takes.
-        try:
-            _inside.append(ident)
-            if GATE.shut:
-                GATE.wait(ident)
-            txn = env.begin(env.index)
-            try:
-                data = txn.get(name)
-            finally:
-                txn.abort()
-        except lmdb.Error:
-            data = _FAILED
-        finally:
-            _inside.remove(ident)
-        if data is None:
-            return None
-        if data is _FAILED:
+        record: Record | None = self.look_up(name)
+        if record is NotImplemented:
+            env = self._env
             data = env.read(lambda txn: txn.get(name, db=env.index))
             return None if data is None else self._record(name, data)
-        record = read_record(Record, name, data, _digest)
-        return self._refuse("a record", name) if record is None else record
+        return record
 
     def get_many(self, names: Sequence[bytes]) -> tuple[int, list[Record | None]]:
         """The version of one snapshot, and the records in it, in the order of ``names``."""
@@ -115,10 +97,13 @@ class LmdbIndex(Index):
             return txn.id(), txn.cursor(env.index).getmulti(names)
 
         version, found = env.read(work)
+        records = read_records(Record, found, _digest)
+        if isinstance(records, bytes):
+            self._refuse("a record", records)
         if len(found) == len(names):
-            return version, [self._record(name, data) for name, data in found]
-        records = {name: self._record(name, data) for name, data in found}
-        return version, [records.get(name) for name in names]
+            return version, cast("list[Record | None]", records)
+        by_name = {name: record for (name, _), record in zip(found, records, strict=True)}
+        return version, [by_name.get(name) for name in names]
 
     def notes(self) -> list[bytes]:
         """The notes that have not been dealt with, oldest first."""
@@ -205,7 +190,7 @@ class LmdbIndex(Index):
         notes: Callable[[dict[bytes, Record]], Sequence[bytes]] | None = None,
         meta: dict[bytes, bytes] | None = None,
     ) -> Commit:
-        """Write all of it or nothing; durable on return if the index was opened with ``sync``.
+        """Write all of it or nothing; durable after ``sync``, and with notes or settings at once.
 
         A new key whose place is taken (two processes have counted alike) moves behind the last one, and so do the new
         keys after it, which keep their order.
@@ -225,11 +210,22 @@ class LmdbIndex(Index):
         if len(set(names)) != len(names):
             raise ValueError("a name occurs twice in one commit")
 
-        def work(txn: Any) -> tuple[Commit, bool]:
-            return self._write(txn, puts, batch, deletes, names, notes, meta or {})
+        noted = False
 
-        commit: Commit = self._committed(work)
+        def work(txn: Any) -> tuple[Commit, bool]:
+            nonlocal noted
+            commit, wrote, noted = self._write(txn, puts, batch, deletes, names, notes, meta or {})
+            return commit, wrote
+
+        commit: Commit = self._env.write(self._folder, work)
+        self._settled(durable=noted or bool(meta))
         return commit
+
+    def sync(self) -> None:
+        """What was committed survives a power cut, if the index was opened with ``sync``; at no cost where it does already."""
+        env = self._env
+        if self._sync and (env.durable < env.newest or not env.sync):
+            env.sync_to_disk()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Index]:
@@ -243,18 +239,14 @@ class LmdbIndex(Index):
         """
         with exclusive(self._env, self._folder) as held:
             yield LmdbIndex(self._folder, cast(Environment, held), sync=False)
-        self._made_durable()
+        self._settled(durable=True)
 
-    def _committed(self, work: Callable[[Any], tuple[Any, bool]]) -> Any:
-        result = self._env.write(self._folder, work)
-        self._made_durable()
-        return result
-
-    def _made_durable(self) -> None:
+    def _settled(self, *, durable: bool) -> None:
+        """After a commit. One that was not synced at all (by an environment that was opened without) is made durable always."""
         env = self._env
         if self._sync:
-            if not env.sync:  # opened first by somebody who did not ask for it
-                env.sync_to_disk()
+            if durable or not env.sync:
+                self.sync()
             env.reader_check()
 
     def _write(
@@ -266,7 +258,7 @@ class LmdbIndex(Index):
         names: list[bytes],
         notes: Callable[[dict[bytes, Record]], Sequence[bytes]] | None,
         meta: dict[bytes, bytes],
-    ) -> tuple[Commit, bool]:
+    ) -> tuple[Commit, bool, bool]:
         env = self._env
         version = txn.id()
         order = txn.cursor(env.order)
@@ -293,12 +285,11 @@ class LmdbIndex(Index):
         if batch or deleted:
             _log.remember(txn, env.changed, version, len(puts) + len(deleted), changed)
 
-        wrote = bool(batch or meta or deleted)
-        if notes is not None:
-            wrote = _add(txn, env.pending, notes(noted)) or wrote
+        is_noted = notes is not None and _add(txn, env.pending, notes(noted))
+        wrote = is_noted or bool(batch or meta or deleted)
         for name, setting in meta.items():
             txn.put(name, setting + _digest(name + setting), db=env.meta)
-        return Commit(version if wrote else version - 1, version - 1), wrote
+        return Commit(version if wrote else version - 1, version - 1), wrote, is_noted
 
     def _old(self, txn: Any, order: Any, names: list[bytes]) -> tuple[dict[bytes, int], dict[bytes, Record]]:
         """The places of those that are there already, and the records of theirs that notes are about.
@@ -365,7 +356,8 @@ class LmdbIndex(Index):
             version = txn.id()
             return (Commit(version, version - 1) if done else None, len(items) - len(done)), bool(done)
 
-        result: tuple[Commit | None, int] = self._committed(work)
+        result = env.write(self._folder, work)
+        self._settled(durable=False)  # what was done twice is done all the same
         return result
 
     # --- the rest
@@ -384,12 +376,13 @@ class LmdbIndex(Index):
 
     def busy(self) -> bool:
         """Whether this thread is in the middle of a transaction (for finalizers, which run anywhere)."""
-        return get_ident() in _inside or self._env.is_held()
+        return get_ident() in GATE.inside or self._env.is_held()
 
     def close(self) -> None:
         """Let go of everything; a second call does nothing."""
         env = self._env
         if not isinstance(env, _Closed):
+            self.look_up = lambda name: NotImplemented  # type: ignore[method-assign]
             self._env = _Closed()  # type: ignore[assignment]
             self.generation = memoryview(bytes(8)).cast("Q")
             ENVIRONMENTS.release(env)

@@ -263,6 +263,9 @@ class ReadOnlyIndex(Index):
     def commit(self, puts: Sequence[Put] = (), deletes: Sequence[bytes] = (), **_: Any) -> Commit:
         self._refuse()
 
+    def sync(self) -> None:
+        """There is nothing that would not be durable yet."""
+
     def settle(self, finish: Any, *, ready: Any = None) -> tuple[Commit | None, int]:
         self._refuse()
 
