@@ -39,7 +39,7 @@ class Counts(Counter[str]):
             return begin(*args, **kwargs)
 
         env.begin = counted_begin
-        for name in ("dumps", "dumps_atom", "loads"):
+        for name in ("dumps", "dumps_plain", "loads"):
             setattr(codec, name, self._counted("loads" if name == "loads" else "dumps", getattr(codec, name)))
 
     def _counted(self, name: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -119,7 +119,7 @@ class _State:
 def _pack_rows(
     items: Iterator[Any],
     dumps: Callable[[Any], bytes],
-    dumps_atom: Callable[[Any], bytes],
+    dumps_plain: Callable[[Any], bytes],
     fixed: Callable[[Any], bool],
     hash: Callable[[bytes], int],
     limit: int,
@@ -134,7 +134,7 @@ def _pack_rows(
     Args:
         items: what is to be written (``Unwritten``).
         dumps: serializes a value to bytes.
-        dumps_atom: the same for text, bytes, numbers and None, which need no looking at; it may be quicker.
+        dumps_plain: the same for text, numbers and the like, and containers of those; it may be quicker.
         fixed: tells whether a value cannot change.
         hash: of the bytes of one that can.
         limit: values that take more memory are not simple.

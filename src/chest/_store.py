@@ -153,7 +153,7 @@ class Store(Publisher):
 
     def _serialize(self, items: Iterator[Unwritten], batch: _Batch, failed: dict[Any, ChestError]) -> bool:
         """Put values into a batch until it is full; False if they are all in it."""
-        dumps, dumps_atom, encode, fixed = self.codec.dumps, self.codec.dumps_atom, self.codec.encode, is_immutable
+        dumps, dumps_plain, encode, fixed = self.codec.dumps, self.codec.dumps_plain, self.codec.encode, is_immutable
         size, small = 0, 0 if self._files_only else 2 * SMALL
         wraps = self._envelope is not None and self._envelope.compression is not None  # which is done one by one
         most = COMMIT_ITEMS if len(self.index) > LARGE_INDEX else sys.maxsize
@@ -162,7 +162,7 @@ class Store(Publisher):
             item, more = pack_rows(
                 part,
                 dumps,
-                dumps_atom,
+                dumps_plain,
                 fixed,
                 _hash,
                 0 if wraps else small,

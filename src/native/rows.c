@@ -71,9 +71,9 @@ is_container(PyObject *value)
 static PyObject *
 pack_rows(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    PyObject *items, *dumps, *dumps_atom, *fixed, *hash, *rows, *done, *baselines;
+    PyObject *items, *dumps, *dumps_plain, *fixed, *hash, *rows, *done, *baselines;
     long long limit, small, budget, size = 0;
-    if (!PyArg_ParseTuple(args, "OOOOOLLLO!O!O!:pack_rows", &items, &dumps, &dumps_atom, &fixed, &hash, &limit, &small, &budget, &PyList_Type,
+    if (!PyArg_ParseTuple(args, "OOOOOLLLO!O!O!:pack_rows", &items, &dumps, &dumps_plain, &fixed, &hash, &limit, &small, &budget, &PyList_Type,
                           &done, &PyList_Type, &rows, &PyList_Type, &baselines)) {
         return NULL;
     }
@@ -87,10 +87,10 @@ pack_rows(PyObject *Py_UNUSED(module), PyObject *args)
         if (name == NULL) {
             break;
         }
-        int atomic = is_fixed(entry->value);
+        int atomic = is_fixed(entry->value), glance = atomic ? 0 : held_at_a_glance(entry);
         if (entry->dirty && !atomic) {
             /* Asked before it is serialized: what nobody holds cannot differ from what is written, unless it is handed out. */
-            int held = entry_is_held(entry);
+            int held = glance < 0 ? entry_is_held(entry) : glance;
             if (held < 0) {
                 Py_DECREF(name);
                 PyErr_Clear();
@@ -99,7 +99,7 @@ pack_rows(PyObject *Py_UNUSED(module), PyObject *args)
             entry->lent = (char)held;
         }
         PyObject *value = Py_NewRef(entry->value);
-        PyObject *body = PyObject_CallOneArg(atomic ? dumps_atom : dumps, value);
+        PyObject *body = PyObject_CallOneArg(glance == 0 ? dumps_plain : dumps, value); /* 0: all of it is plain */
         PyObject *baseline = NULL;
         if (body != NULL && PyBytes_CheckExact(body) && PyBytes_GET_SIZE(body) < small) {
             if (atomic) {

@@ -303,6 +303,13 @@ def _index_sync_at_flush() -> None:
     Chest.sync = sync_all  # type: ignore[method-assign]
 
 
+def _newest_commit_not_synced() -> None:
+    """The pages of a commit are synced, as ever, but not what makes them count."""
+    from chest.engines._lmdb import LmdbIndex
+
+    LmdbIndex.sync = lambda self: None  # type: ignore[method-assign]
+
+
 def _no_folder_sync() -> None:
     from chest import _fs
 
@@ -331,6 +338,7 @@ CONTROLS: dict[str, Callable[[], None]] = {
     "no sync of value files": _no_file_sync,
     "no sync of the index": _no_index_sync,
     "the index synced at flush only": _index_sync_at_flush,
+    "no sync after the newest commit": _newest_commit_not_synced,
     "no sync of folders": _no_folder_sync,
     "files renamed before the commit": _early_names,
 }

@@ -33,7 +33,7 @@ NAMES = ("pickle", "safe", "json", "marshal", "cloudpickle", "dill", "joblib")
 _GATHERED = 1 << 16  # bytes; larger writes go to the file as they are
 
 
-_pickle_atom = functools.partial(pickle.dumps, protocol=5)
+_pickle_plain = functools.partial(pickle.dumps, protocol=5)
 
 
 class Files(NamedTuple):
@@ -52,7 +52,7 @@ class Codec:
         files: writes and reads value files that map; None where a file is what ``dump`` writes.
         dump, load: as the user gave them, or the module's.
         dumps, loads: from and to bytes, for values that are small.
-        dumps_atom: the same as ``dumps``, for text, bytes, numbers and None.
+        dumps_plain: the same as ``dumps``, for text, numbers and the like, and builtin containers of those.
         encode, decode, typed: ``encode``, ``decode`` and ``pickled_key`` of ``_keys``, or the like.
     """
 
@@ -77,7 +77,7 @@ class Codec:
         self.dumps: Callable[[Any], bytes]
         self.loads: Callable[[Any], Any]
         self.dumps, self.loads = small or (self._dumps, self._loads)
-        self.dumps_atom = _pickle_atom if self.dumps is _pickled.dumps else self.dumps
+        self.dumps_plain = _pickle_plain if self.dumps is _pickled.dumps else self.dumps
         self.typed: Callable[[Hashable], bytes] = typed or _keys.pickled_key
         self.encode: Callable[[Hashable], _keys.Encoded | None] = _keys.encode
         self.decode: Callable[[bytes, bytes], Hashable] = _keys.decode

@@ -82,6 +82,15 @@ class IndexContract:
             assert index.meta(b"x") is None
             assert index.nbytes() >= 0
 
+    def test_syncing_changes_nothing_that_can_be_seen(self, tmp_path: Path) -> None:
+        with self.index(tmp_path) as index:
+            index.sync()
+            commit = index.commit([put("x", 1)])
+            index.sync()
+            index.sync()
+            assert index.version() == commit.version
+            assert index.get(b"x") == Record(commit.version, 1, 0, b"body")
+
     def test_what_is_put_comes_back(self, tmp_path: Path) -> None:
         bodies = [b"", b"\0", b"x" * 65_536, bytes(range(256))]
         with self.index(tmp_path) as index:
