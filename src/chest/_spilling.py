@@ -336,8 +336,8 @@ class Spiller(State):
             self._writes += len(done)
         if failed is not None:
             failed.update(written.failed)
-        if isinstance(written.error, FailedError):
-            self._failed = written.error
+        if written.error is not None:
+            self._remember(written.error)
         return written.error
 
     def _check(self, written: Written) -> None:
