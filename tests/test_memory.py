@@ -252,6 +252,21 @@ def test_a_hook_that_raises_loses_no_entry() -> None:
     assert sorted(keys(tier.victims(0))) == sorted(entries)
 
 
+def test_a_batch_of_small_values_ends_when_there_is_enough(tier: MemoryTier) -> None:
+    fill(tier, {f"k{n}": MEDIUM for n in range(3000)})
+    usage = tier.usage
+    assert len(tier.victims(0, None, usage - 1)) == 512
+    assert len(tier.victims(usage - 10 * MEDIUM, None, usage - 1)) <= 10
+    taken = len(tier.victims(0, None, usage // 2))
+    assert taken == len(tier.victims(usage // 2)) > 512
+    assert len(tier.victims(0)) == 3000
+
+
+def test_a_batch_of_large_values_goes_on_to_the_target(tier: MemoryTier) -> None:
+    fill(tier, {f"k{n}": LARGE for n in range(100)})
+    assert len(tier.victims(60 * LARGE, None, tier.usage - 1)) == 40
+
+
 # --- what is counted
 
 

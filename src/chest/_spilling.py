@@ -26,7 +26,7 @@ __all__ = ["Spiller"]
 
 _log = logging.getLogger("chest")
 
-SLACK_BYTES = 4 << 20  # an eviction goes on this far below the limit (or a quarter of it), so that it pays for its commit
+SLACK_BYTES = 4 << 20  # an eviction goes on this far below the limit (or a quarter of it), unless it takes many values
 PINNED_BYTES = 4 << 20  # of values that are held by a part of them only, this much is watched (or a quarter of the limit)
 LAST_PLACE = 2**64 - 2**40  # no clock tells a place beyond it for some decades
 POLLED = 3  # lent values looked at with each operation: more than it can add
@@ -189,7 +189,7 @@ class Spiller(State):
         target = tier.limit - needed - (sum(self._pinned.values()) if self._pinned else 0)
         if tier.usage <= target:
             return None
-        victims = tier.victims(max(0, target - min(tier.limit // 4, SLACK_BYTES)), spare)
+        victims = tier.victims(max(0, target - min(tier.limit // 4, SLACK_BYTES)), spare, max(0, target))
         if self._transactions:
             return self._evict(self._not_in_question(victims))
         return self._evict(victims, COMMIT_BYTES, spare)

@@ -9,6 +9,7 @@
 
 #define MAX_USES 4
 #define SECOND_CHANCES 16
+#define BATCH 512
 #define BREAK_EVEN 20000
 #define FREE_BYTES (64 * 1024)
 #define NEVER ((long long)1 << 62)
@@ -681,13 +682,13 @@ give_second_chance(Tier *self, Entry *entry)
 static PyObject *
 Tier_victims(Tier *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"target", "spare", NULL};
-    PyObject *target_object, *spare_object = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O:victims", names, &target_object, &spare_object)) {
+    static char *names[] = {"target", "spare", "enough", NULL};
+    PyObject *target_object, *spare_object = Py_None, *enough_object = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OO:victims", names, &target_object, &spare_object, &enough_object)) {
         return NULL;
     }
-    long long target = as_size(target_object);
-    if (target == -1 && PyErr_Occurred()) {
+    long long target = as_size(target_object), enough = enough_object == Py_None ? target : as_size(enough_object);
+    if (PyErr_Occurred()) {
         return NULL;
     }
     if (spare_object != Py_None && expect_entry(spare_object) < 0) {
@@ -703,7 +704,8 @@ Tier_victims(Tier *self, PyObject *args, PyObject *kwargs)
     int chances = 0, i = 0;
     while (1) {
         long long left = self->values - picked_values, bookkeeping = self->bookkeeping - picked_bookkeeping;
-        if (left + (bookkeeping > self->free ? bookkeeping - self->free : 0) <= target) {
+        left += bookkeeping > self->free ? bookkeeping - self->free : 0;
+        if (left <= target || (left <= enough && PyList_GET_SIZE(batch) >= BATCH)) {
             break;
         }
         if (self->heads[i] != least) { /* else no other has become less: what is queued anew stands for more */
