@@ -130,7 +130,7 @@ def hot_large(rng: random.Random, n: int) -> Trace:
 
 
 def soon(rng: random.Random, n: int) -> Trace:
-    """Written once, read three times soon after, never again. At a budget that just holds them, nothing beats LRU."""
+    """Written once, read three times soon after, never again: counting uses keeps what is done with."""
     timeline: list[tuple[float, int, bool]] = []
     n_keys = n // 4
     for key in range(n_keys):

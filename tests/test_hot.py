@@ -14,7 +14,7 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from chest import Chest, _hot, _keys, nbytes
 from chest._changes import is_immutable
@@ -214,6 +214,16 @@ class Lockstep(RuleBasedStateMachine):
 
     KEYS = st.integers(0, 12)
     SIZES = st.one_of(st.just(0), st.integers(0, 300), st.integers(0, 10**7))
+
+    @initialize(n=st.integers(0, 400))
+    def use_soon(self, n: int) -> None:
+        """Beyond 147 the tiers no longer count uses, at first."""
+        for make, tier in zip((PythonEntry, CompiledEntry), self.tiers, strict=True):
+            for i in range(n):
+                tier.add(make(i, i, 1000))
+                tier.entries[i].hot = True
+            tier.victims(0)
+            tier.clear()
 
     def entries(self, key: int) -> list[tuple[Any, Any]]:
         return [(tier, tier.entries[key]) for tier in self.tiers if key in tier.entries]

@@ -170,6 +170,91 @@ def test_a_value_that_grew_leaves_earlier(tier: MemoryTier) -> None:
     assert evict(tier, 0) == ["grown", "a"]
 
 
+# --- whether uses count
+
+
+def use_soon(tier: MemoryTier, share: float, n: int = 1000) -> None:
+    """This share of so many values is hit before their turn comes, the others are not; nothing of it stays."""
+    for i in range(n):
+        entry = fill(tier, {f"soon{i}": LARGE})[f"soon{i}"]
+        entry.hot = int((i + 1) * share) > int(i * share)
+        evict(tier, 0)
+
+
+def order(tier: MemoryTier) -> list[Any]:
+    """In which order one leaves that was used often, and one that came after it."""
+    used = Entry("used", None, LARGE)
+    used.f = 4
+    tier.add(used)
+    fill(tier, {"fresh": LARGE}, dirty=False)
+    return evict(tier, 0)
+
+
+COUNTED, NOT_COUNTED = ["fresh", "used"], ["used", "fresh"]
+
+
+def test_uses_do_not_count_while_what_has_just_come_is_used_soon(tier: MemoryTier) -> None:
+    assert order(tier) == COUNTED
+    for _ in range(3):
+        use_soon(tier, 1)
+        assert order(tier) == NOT_COUNTED
+        use_soon(tier, 0)
+        assert order(tier) == COUNTED
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.35, COUNTED), (0.4, COUNTED), (0.48, NOT_COUNTED), (0.6, NOT_COUNTED)])
+def test_seven_of_sixteen_decide(tier: MemoryTier, share: float, expected: list[str]) -> None:
+    for before in (0, 1):
+        use_soon(tier, before)
+        use_soon(tier, share, 2000)
+        assert order(tier) == expected
+
+
+def test_a_few_that_are_used_soon_decide_nothing(tier: MemoryTier) -> None:
+    use_soon(tier, 1, 100)
+    assert order(tier) == COUNTED
+    use_soon(tier, 1, 100)
+    assert order(tier) == NOT_COUNTED
+    use_soon(tier, 0, 30)
+    assert order(tier) == NOT_COUNTED
+    use_soon(tier, 0, 70)
+    assert order(tier) == COUNTED
+
+
+def test_hits_of_what_was_used_before_say_nothing_about_the_fresh(tier: MemoryTier) -> None:
+    used = fill(tier, {"again": LARGE})["again"]
+    for _ in range(1000):
+        used.hot = True
+        evict(tier, LARGE - 1)
+        tier.add(used)
+    assert used.f == 4
+    evict(tier, 0)
+    assert order(tier) == COUNTED
+    use_soon(tier, 1)
+    tier.add(used)
+    for _ in range(1000):
+        evict(tier, LARGE - 1)
+        tier.add(used)
+    evict(tier, 0)
+    assert order(tier) == NOT_COUNTED
+
+
+def test_what_is_spared_is_not_taken_for_unused(tier: MemoryTier) -> None:
+    use_soon(tier, 1)
+    spared = fill(tier, {"spared": LARGE})["spared"]
+    for _ in range(1000):
+        assert tier.victims(0, spare=spared) == []
+    tier.remove("spared")
+    assert order(tier) == NOT_COUNTED
+
+
+def test_size_and_what_is_unwritten_count_all_the_same(tier: MemoryTier) -> None:
+    use_soon(tier, 1)
+    fill(tier, {"dirty": LARGE, "small": SMALL, "medium": MEDIUM})
+    fill(tier, {"clean": LARGE}, dirty=False)
+    assert evict(tier, 0) == ["clean", "dirty", "medium", "small"]
+
+
 # --- what an eviction leaves behind
 
 

@@ -12,6 +12,9 @@
 #define BATCH 512
 #define BREAK_EVEN 20000
 #define FREE_BYTES (64 * 1024)
+#define ONE (1 << 16) /* a share of 1 */
+#define SOON (7 * ONE / 16)
+#define WINDOW 8
 #define NEVER ((long long)1 << 62)
 #define LARGEST ((long long)1 << 56) /* sizes are cut here, so that sums of a few do not overflow */
 
@@ -208,8 +211,9 @@ PyTypeObject Entry_Type = {
 /* --- lists */
 
 static int
-class_of(const Entry *entry, long long uses)
+class_of(const Tier *self, const Entry *entry)
 {
+    int uses = (self->hit_fresh > SOON ? 1 : entry->f) + entry->dirty;
     unsigned long long size = entry->size > 0 ? (unsigned long long)entry->size : 1;
     unsigned long long ratio = (unsigned long long)uses * (BREAK_EVEN + size) / size;
     int bits = 0;
@@ -281,7 +285,7 @@ move_entry(Tier *self, Entry *entry, int i)
 static void
 queue_again(Tier *self, Entry *entry)
 {
-    move_entry(self, entry, class_of(entry, entry->f + entry->dirty));
+    move_entry(self, entry, class_of(self, entry));
 }
 
 static void
@@ -496,7 +500,7 @@ tier_add(Tier *self, Entry *entry)
         Py_DECREF(old); /* the list's */
     }
     entry->alive = 1;
-    append_entry(self, (Entry *)Py_NewRef(entry), class_of(entry, entry->f + entry->dirty));
+    append_entry(self, (Entry *)Py_NewRef(entry), class_of(self, entry));
     count_bytes(self, values, bookkeeping);
     Py_XDECREF(key);
     Py_XDECREF(old);
@@ -634,7 +638,7 @@ Tier_resize(Tier *self, PyObject *args)
         long long more = size - entry->size;
         unlink_entry(self, entry); /* counts the old size, if it was stuck */
         entry->size = size;
-        append_entry(self, entry, class_of(entry, entry->f + entry->dirty));
+        append_entry(self, entry, class_of(self, entry));
         count_bytes(self, more, 0);
     }
     entry->size = size;
@@ -657,6 +661,14 @@ Tier_mark(Tier *self, PyObject *args, PyObject *kwargs)
         }
     }
     Py_RETURN_NONE;
+}
+
+static void
+count_fresh(Tier *self, const Entry *entry)
+{
+    if (entry->f == 0) {
+        self->hit_fresh += (entry->hot ? ONE >> WINDOW : 0) - (self->hit_fresh >> WINDOW);
+    }
 }
 
 /* An entry that was hit stays: one more use is counted, and it is queued again. */
@@ -726,8 +738,10 @@ Tier_victims(Tier *self, PyObject *args, PyObject *kwargs)
         Entry *entry = ENTRY_OF(self->ends[i].next);
         if (entry == spare) {
             move_entry(self, entry, PICKED);
+            continue;
         }
-        else if (entry->hot && chances < SECOND_CHANCES) {
+        count_fresh(self, entry);
+        if (entry->hot && chances < SECOND_CHANCES) {
             chances++;
             if (give_second_chance(self, entry) < 0) {
                 Py_CLEAR(batch);
@@ -824,6 +838,7 @@ Tier_check(Tier *self, PyObject *Py_UNUSED(ignored))
     }
     CHECK(n == PyDict_GET_SIZE(self->entries));
     CHECK(stuck_bytes == self->stuck_bytes);
+    CHECK(0 <= self->hit_fresh && self->hit_fresh <= ONE);
     CHECK(values == self->values);
     CHECK(bookkeeping == self->bookkeeping);
     CHECK(self->usage == values + (bookkeeping > self->free ? bookkeeping - self->free : 0));

@@ -36,6 +36,7 @@ typedef struct {
     PyObject_HEAD
     PyObject *entries, *on_second_chance, *weakrefs;
     long long limit, floor, values, bookkeeping, usage, stuck_bytes, round;
+    long long hit_fresh; /* of the fresh entries that came to a head, the share that had been hit, of 2**16 */
     long long free; /* of the bookkeeping, what does not count */
     long long heads[N_CLASSES + 1];
     Link ends[N_LISTS];
