@@ -43,7 +43,7 @@ from typing import Any
 
 import xxhash
 
-__all__ = ["ATOMS", "IMMUTABLE", "Held", "address_of", "held", "is_immutable", "same_payload", "written_pages"]
+__all__ = ["ATOMS", "HASH_BELOW", "IMMUTABLE", "Held", "address_of", "held", "is_immutable", "same_payload", "written_pages"]
 
 USE_PAGEMAP = sys.platform == "linux"  # ask the kernel which pages of a mapping were written
 USE_PAGEMAP_SCAN = True  # ... by the ioctl of Linux 6.7 where there is one
@@ -345,7 +345,7 @@ _REGIONS = 1 << 10
 _PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
 _FILE, _PRESENT, _SWAPPED = 1 << 2, 1 << 3, 1 << 4
 _WRITTEN = bytes(bool(top & 0x40) or top & 0xA0 == 0x80 for top in range(256))  # in swap; present and no file's page
-_HASH_BELOW = 1 << 18  # hashing this much takes no longer than asking the kernel
+HASH_BELOW = 1 << 18  # hashing this much takes no longer than asking the kernel
 
 _Ranges = list[tuple[int, int]]
 _Way = Callable[[int, int, int], _Ranges]
@@ -443,7 +443,7 @@ def same_payload(view: memoryview, checksum: int, stored: memoryview | None = No
     view = view.cast("B") if view.nbytes else memoryview(b"")  # (an empty view cannot be cast)
     if stored is not None and len(stored) != len(view):
         return False
-    pages = written_pages(address_of(view), len(view)) if private and len(view) > _HASH_BELOW else None
+    pages = written_pages(address_of(view), len(view)) if private and len(view) > HASH_BELOW else None
     if pages is not None and (stored is not None or not pages):
         digest = xxhash.xxh3_64_intdigest  # twice as fast as comparing views item by item
         return stored is None or all(digest(view[a:b]) == digest(stored[a:b]) for a, b in pages)

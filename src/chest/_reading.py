@@ -312,10 +312,14 @@ class Reader:
             if source is None or files.probe(files.load(source, payloads=False)[0])[0] != stream:
                 return True
         start = 0 if baseline.view is None else _changes.address_of(baseline.view)
+        # Most mappings were only read: then one look at all of it says so, and the file is not mapped once more.
+        untouched = start and layout.size > _changes.HASH_BELOW and _changes.written_pages(start, layout.size) == []
         for (buffer, _), payload in zip(buffers, layout.payloads, strict=True):
             if len(buffer) != payload.length:
                 return True
             private = bool(start) and start <= _changes.address_of(buffer) < start + layout.size
+            if private and untouched:
+                continue
             if private and stored is None:
                 again = self._load_again(key, version)
                 stored = again.baseline.view if again and isinstance(again.baseline, FileBaseline) else None
