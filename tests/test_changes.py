@@ -1135,7 +1135,7 @@ def test_a_kernel_that_answers_with_zeros_is_not_believed(tmp_path: Path, monkey
 @pytest.mark.usefixtures("_tried_anew")
 def test_where_proc_is_not_mounted_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mapped = Mapped(tmp_path / "x", 4)
-    monkeypatch.setattr(_changes, "open", refuse, raising=False)
+    monkeypatch.setattr(_changes.os, "open", refuse)
     assert written_pages(mapped.address, 4 * PAGE) is None
 
 
