@@ -57,10 +57,10 @@ def _by_libc() -> Callable[[int, int], memoryview] | None:
     # to make than a mapping. Every view keeps the object alive, and with it the mapping; at the process's end the kernel
     # removes both.
     class Mapping(array):  # type: ignore[misc]  # a class that is made above
-        size = 0
+        mapped_bytes = 0
 
         def __del__(self) -> None:
-            unmap(address_of(self), self.size)
+            unmap(address_of(self), self.mapped_bytes)
 
     flags, prot = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
 
@@ -69,7 +69,7 @@ def _by_libc() -> Callable[[int, int], memoryview] | None:
         if address == failed:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         mapping = Mapping.from_address(address)
-        mapping.size = size
+        mapping.mapped_bytes = size
         return memoryview(mapping).cast("B")[:size]
 
     return by_libc
