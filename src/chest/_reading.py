@@ -244,9 +244,9 @@ class Reader:
         return Loaded(value, record, None if _changes.is_immutable(value) else self.codec.digest(value))
 
     def _read_published(self, ref: Ref, record: Record) -> Loaded | None:
-        """The value of a file that carries its own name already, as nearly all do; its digest tells whether it is the right one.
+        """The value of a file that carries the name of its key already, as nearly all do: its digest tells that it is the one.
 
-        None if it is not, or if anything is wrong with it: who then reads it in the order that finds it certainly, says what.
+        None if it is not, or if anything is wrong with it. The order that certainly finds it then says what.
         """
         if record[2] != BLOB or not self._maps or not ref.digest or ref.seal or not ref.label:
             return None
@@ -256,9 +256,8 @@ class Reader:
         except (OSError, CorruptError):
             return None
 
-    def _load_mapped(
-        self, view: memoryview, ref: Ref, record: Record, again: Callable[[], memoryview] | None = None
-    ) -> Loaded:
+    def _load_mapped(self, view: memoryview, ref: Ref, record: Record, again: Callable[[], memoryview] | None = None) -> Loaded:
+        """The value of a file that maps; ``again`` opens the envelope that it came out of once more."""
         assert self._files is not None
         value, layout = self._files.load(view, verify=self._verify or again is not None, digest=ref.digest or None)
         if _changes.is_immutable(value):
