@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from chest import Chest, nbytes
-from chest._changes import written_pages
 from chest._hot import COMPILED
+from chest._pagemap import written_pages
 
 N = 5_000
 TEXT = "0123456789" * 10

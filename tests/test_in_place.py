@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from chest import Chest, _changes, _pickled, safe
+from chest import Chest, _pagemap, _pickled, safe
 from chest.serializers import _registry
 
 
@@ -104,9 +104,9 @@ def way(request: pytest.FixtureRequest, serializer: str, monkeypatch: pytest.Mon
     if serializer == "safe" and request.param != "pagemap-scan":
         pytest.skip("the same for every serializer")
     if request.param == "pagemap":
-        monkeypatch.setattr(_changes, "USE_PAGEMAP_SCAN", False)
+        monkeypatch.setattr(_pagemap, "USE_PAGEMAP_SCAN", False)
     if request.param == "hashes":
-        monkeypatch.setattr(_changes, "USE_PAGEMAP", False)
+        monkeypatch.setattr(_pagemap, "USE_PAGEMAP", False)
     return str(request.param)
 
 
@@ -316,7 +316,7 @@ def test_an_array_that_was_only_read_is_neither_pickled_nor_mapped_again(
 ) -> None:
     with Chest(path=tmp_path / "c") as c:
         c["x"], c["y"] = np.arange(float(BIG)), [np.arange(float(BIG)), np.zeros((3, BIG), order="F")]
-    if _changes.written_pages(0, 0) is None:
+    if _pagemap.written_pages(0, 0) is None:
         pytest.skip("the kernel does not tell which pages were written")
     probed: list[Any] = []
     with Chest[str, Any](path=tmp_path / "c") as c:

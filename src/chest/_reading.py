@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-from . import _changes, _keys
+from . import _changes, _keys, _pagemap
 from ._envelope import Envelope, open_body, open_file
 from ._hot import picture
 from ._records import BLOB, KIND, LOOSE, PACKED, Baseline, FileBaseline, Loaded, Ref
@@ -265,7 +265,7 @@ class Reader:
         if layout is not None:
             baseline = FileBaseline(layout, None, again)
             if again is None:
-                outline = _changes.outline_of(value) if len(layout.payloads) == 1 else None
+                outline = _pagemap.outline_of(value) if len(layout.payloads) == 1 else None
                 baseline = FileBaseline(layout, view, None, outline)
             return Loaded(value, record, baseline)
         return Loaded(value, record, self.codec.digest(value))
@@ -330,8 +330,8 @@ class Reader:
         files = self._files
         assert files is not None  # that is where such a baseline comes from
         layout = baseline.layout
-        start = 0 if baseline.view is None else _changes.address_of(baseline.view)
-        if baseline.outline and _changes.is_untouched(value, baseline.outline, start + layout.payloads[0].offset):
+        start = 0 if baseline.view is None else _pagemap.address_of(baseline.view)
+        if baseline.outline and _pagemap.is_untouched(value, baseline.outline, start + layout.payloads[0].offset):
             return False
         stream, buffers = files.probe(value)
         stored: memoryview | None = None
@@ -342,17 +342,17 @@ class Reader:
             if source is None or files.probe(files.load(source, payloads=False)[0])[0] != stream:
                 return True
         # Most mappings were only read: then one look at all of it says so, and the file is not mapped once more.
-        untouched = start and layout.size > _changes.HASH_BELOW and _changes.written_pages(start, layout.size) == []
+        untouched = start and layout.size > _pagemap.HASH_BELOW and _pagemap.written_pages(start, layout.size) == []
         for (buffer, _), payload in zip(buffers, layout.payloads, strict=True):
             if len(buffer) != payload.length:
                 return True
-            private = bool(start) and start <= _changes.address_of(buffer) < start + layout.size
+            private = bool(start) and start <= _pagemap.address_of(buffer) < start + layout.size
             if private and untouched:
                 continue
             if private and stored is None:
                 again = self._load_again(key, version)
                 stored = again.baseline.view if again and isinstance(again.baseline, FileBaseline) else None
             part = None if stored is None else stored[payload.offset : payload.offset + payload.length]
-            if not _changes.same_payload(buffer, payload.checksum, part, private=private):
+            if not _pagemap.same_payload(buffer, payload.checksum, part, private=private):
                 return True
         return False
