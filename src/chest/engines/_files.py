@@ -33,7 +33,7 @@ __all__ = ["FileBlobs"]
 
 _FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _TO_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _FLAGS  # a FIFO would wait for a writer
-AT_A_TIME = 2 << 20  # bytes of a file that the disk is told to begin with
+AT_A_TIME = 1 << 20  # bytes of a file that the disk is told to begin with
 _NAME = re.compile(r"[0-9a-z][0-9a-zA-Z-]{0,200}")
 _is_word = re.compile(r"[0-9a-zA-Z_]{1,200}").fullmatch  # a label that can only be a file right below the root
 _BEFORE_SYNCING = (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EMFILE, errno.ENFILE)  # nothing was lost: try again
