@@ -22,7 +22,18 @@ ROOT = Path(__file__).parent.parent / "src" / "chest"
 # Names are relative to the package; `engines` stands for engines/__init__.py, and "" for the package's own.
 LAYERS = [
     ["errors"],
-    ["_compression", "_forms", "_fs", "_lifetime", "_machine", "_reducers", "_sealing", "_size_plans", "_valuefile"],
+    [
+        "_compression",
+        "_forms",
+        "_fs",
+        "_lifetime",
+        "_machine",
+        "_pagemap",
+        "_reducers",
+        "_sealing",
+        "_size_plans",
+        "_valuefile",
+    ],
     ["_envelope", "_keys", "_pickled", "_scratch", "_sizing"],
     ["_problems", "abc"],
     ["_changes", "_entry"],

@@ -42,8 +42,9 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chest import _changes
-from chest._changes import Held, address_of, held, is_immutable, same_payload, written_pages
+from chest import _changes, _pagemap
+from chest._changes import Held, held, is_immutable
+from chest._pagemap import address_of, same_payload, written_pages
 
 np = pytest.importorskip("numpy")
 
@@ -979,14 +980,14 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Linux tells whi
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each of the two ways to ask the kernel, by itself."""
     if request.param == "scan":
-        if not _changes._works(_changes._scan):
+        if not _pagemap._works(_pagemap._scan):
             major, minor = re.findall(r"\d+", platform.release())[:2]
             assert (int(major), int(minor)) < (6, 7), "this kernel has PAGEMAP_SCAN"
             pytest.skip("no PAGEMAP_SCAN here")
-        monkeypatch.setattr(_changes, "_read", refuse)
+        monkeypatch.setattr(_pagemap, "_read", refuse)
     else:
-        monkeypatch.setattr(_changes, "USE_PAGEMAP_SCAN", False)
-        if not _changes._works(_changes._read):
+        monkeypatch.setattr(_pagemap, "USE_PAGEMAP_SCAN", False)
+        if not _pagemap._works(_pagemap._read):
             pytest.skip("no page map here")
     return str(request.param)
 
@@ -1039,7 +1040,7 @@ def test_the_range_asked_for_need_not_be_whole_pages(way: str, tmp_path: Path) -
 
 @linux_only
 def test_more_ranges_than_fit_in_one_answer_are_all_found(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_changes, "_REGIONS", 3)
+    monkeypatch.setattr(_pagemap, "_REGIONS", 3)
     mapped = Mapped(tmp_path / "x", 64)
     for page in (*range(0, 40, 2), *range(41, 60)):
         mapped.view[page * PAGE] ^= 1
@@ -1052,7 +1053,7 @@ def test_pages_that_the_kernel_tells_of_apart_are_merged(tmp_path: Path, monkeyp
     """As it does for those that are in swap and those that are not."""
     import fcntl
 
-    if not _changes._works(_changes._scan):
+    if not _pagemap._works(_pagemap._scan):
         pytest.skip("no PAGEMAP_SCAN here")
     mapped = Mapped(tmp_path / "x", 8)
 
@@ -1079,7 +1080,7 @@ def test_every_written_byte_lies_in_a_range_and_no_range_lies_in_an_unwritten_pa
     expected = {page for page in pages if page * PAGE < start + length and (page + 1) * PAGE > start and length}
     for use_scan in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_changes, "USE_PAGEMAP_SCAN", use_scan)
+            patch.setattr(_pagemap, "USE_PAGEMAP_SCAN", use_scan)
             ranges = written_pages(mapped.address + start, length)
         if ranges is None:
             pytest.skip("the kernel does not tell")
@@ -1107,27 +1108,27 @@ def test_a_forked_child_sees_its_own_pages(way: str, tmp_path: Path) -> None:
 @pytest.fixture
 def _tried_anew() -> Iterator[None]:
     """What was found out about the kernel is forgotten, before and after."""
-    _changes._works.cache_clear()
+    _pagemap._works.cache_clear()
     yield
-    _changes._works.cache_clear()
+    _pagemap._works.cache_clear()
 
 
 @pytest.mark.usefixtures("_tried_anew")
 @linux_only
 def test_the_older_way_is_taken_where_there_is_no_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not _changes._works(_changes._read):
+    if not _pagemap._works(_pagemap._read):
         pytest.skip("no page map here")
     mapped = Mapped(tmp_path / "x", 4)
     mapped.view[PAGE] ^= 1
-    monkeypatch.setattr(_changes, "_PAGEMAP_SCAN", 0xC0606611)  # an ioctl that no kernel knows
-    assert not _changes._works(_changes._scan)
+    monkeypatch.setattr(_pagemap, "_PAGEMAP_SCAN", 0xC0606611)  # an ioctl that no kernel knows
+    assert not _pagemap._works(_pagemap._scan)
     assert written_pages(mapped.address, 4 * PAGE) == [(PAGE, 2 * PAGE)]
 
 
 @pytest.mark.usefixtures("_tried_anew")
 def test_a_kernel_that_answers_with_zeros_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_changes.os, "pread", lambda file, n, offset: bytes(n))
-    monkeypatch.setattr(_changes, "USE_PAGEMAP_SCAN", False)
+    monkeypatch.setattr(_pagemap.os, "pread", lambda file, n, offset: bytes(n))
+    monkeypatch.setattr(_pagemap, "USE_PAGEMAP_SCAN", False)
     mapped = Mapped(tmp_path / "x", 4)
     assert written_pages(mapped.address, 4 * PAGE) is None
 
@@ -1135,13 +1136,13 @@ def test_a_kernel_that_answers_with_zeros_is_not_believed(tmp_path: Path, monkey
 @pytest.mark.usefixtures("_tried_anew")
 def test_where_proc_is_not_mounted_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mapped = Mapped(tmp_path / "x", 4)
-    monkeypatch.setattr(_changes, "open", refuse, raising=False)
+    monkeypatch.setattr(_pagemap.os, "open", refuse)
     assert written_pages(mapped.address, 4 * PAGE) is None
 
 
 def test_the_switch_turns_it_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mapped = Mapped(tmp_path / "x", 4)
-    monkeypatch.setattr(_changes, "USE_PAGEMAP", False)
+    monkeypatch.setattr(_pagemap, "USE_PAGEMAP", False)
     assert written_pages(mapped.address, 4 * PAGE) is None
 
 
@@ -1159,7 +1160,7 @@ BIG = 128  # pages: above the size from which the kernel is asked
 def test_a_payload_is_the_same_until_a_byte_of_it_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_pagemap: bool
 ) -> None:
-    monkeypatch.setattr(_changes, "USE_PAGEMAP", use_pagemap and sys.platform == "linux")
+    monkeypatch.setattr(_pagemap, "USE_PAGEMAP", use_pagemap and sys.platform == "linux")
     mapped = Mapped(tmp_path / "x", BIG)
     digest = checksum(mapped.stored)
     for stored in (mapped.stored, None):
@@ -1185,7 +1186,7 @@ def test_of_a_private_mapping_only_written_pages_are_looked_at(
     n_hashed = []
     digest = xxhash.xxh3_64_intdigest
     fake = types.SimpleNamespace(xxh3_64_intdigest=lambda data: n_hashed.append(len(data)) or digest(data))
-    monkeypatch.setattr(_changes, "xxhash", fake)
+    monkeypatch.setattr(_pagemap, "xxhash", fake)
     assert same_payload(mapped.view, 1, mapped.stored, private=True)
     assert same_payload(mapped.view, 1, None, private=True)
     assert same_payload(mapped.view.toreadonly(), 1, None, private=True)

@@ -20,6 +20,7 @@ import pytest
 
 from chest import Chest, nbytes
 from chest._hot import COMPILED
+from chest._pagemap import written_pages
 
 N = 5_000
 TEXT = "0123456789" * 10
@@ -221,20 +222,26 @@ with Chest(path=path, available_memory=50_000_000, loose=0) as c:
 """
 
 
-def syscalls(tmp_path: Path, what: str, n: int) -> tuple[Counter[str], int]:
-    """System calls of a program that writes n values, by name, and bytes that it wrote."""
+def trace(tmp_path: Path, program: str, kinds: str, *args: object) -> list[str]:
+    """The system calls of a program."""
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
     log = tmp_path / "log"
-    command = ["strace", "-f", "-qq", "-e", "trace=%file,%desc", "-o", str(log), sys.executable, "-c", textwrap.dedent(PROGRAM)]
-    done = subprocess.run([*command, str(tmp_path / f"{what}{n}"), str(n), what], capture_output=True, text=True, timeout=120)
+    command = ["strace", "-f", "-qq", "-e", f"trace={kinds}", "-o", str(log), sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=120)
     if "PTRACE" in done.stderr or "ptrace" in done.stderr:
         pytest.skip("strace may not trace here")
     assert done.returncode == 0, done.stderr
+    return [line.split(maxsplit=1)[1] for line in log.read_text(errors="replace").splitlines()]
+
+
+def syscalls(tmp_path: Path, what: str, n: int) -> tuple[Counter[str], int]:
+    """System calls of a program that writes n values, by name, and bytes that it wrote."""
+    lines = trace(tmp_path, PROGRAM, "%file,%desc", tmp_path / f"{what}{n}", n, what)
     calls: Counter[str] = Counter()
     written = 0
-    for line in log.read_text(errors="replace").splitlines():
-        name = line.split(maxsplit=1)[1].partition("(")[0]
+    for line in lines:
+        name = line.partition("(")[0]
         calls[name] += 1
         if name in ("write", "writev", "pwrite64", "pwritev"):
             written += int(line.rpartition("= ")[2].split()[0]) if "= " in line else 0
@@ -263,3 +270,40 @@ def test_small_values_cost_no_system_call_of_their_own(tmp_path: Path) -> None:
     each, written = per_value(tmp_path, "small", 1_000, 5_000)
     assert sum(each.values()) <= 0.2
     assert written <= 400
+
+
+READING = """
+import os, sys
+import numpy as np
+from chest import Chest
+path, n = sys.argv[1], int(sys.argv[2])
+with Chest(path=path, loose=0) as c:
+    for i in range(n):
+        c[f"a{i}"] = np.full(1_000_000, float(i))
+for look in (os.getpid, os.getppid):  # what is found out once is found out by the first
+    with Chest(path=path, available_memory=n // 2 * 8_100_000, loose=0) as c:
+        for i in range(n):
+            look()
+            assert c[f"a{i}"][0] == i
+        look()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="these are Linux's system calls")
+def test_a_first_touch_opens_one_file_and_what_was_only_read_leaves_by_one_look(tmp_path: Path) -> None:
+    pytest.importorskip("numpy")
+    if written_pages(0, 0) is None:
+        pytest.skip("the kernel does not tell which pages were written")
+    n = 12
+    reads: list[list[str]] = []
+    for line in trace(tmp_path, READING, "%file,%desc,getppid", tmp_path / "c", n):
+        if line.startswith("getppid"):
+            reads.append([])
+        elif reads and not line.startswith("mmap"):  # the interpreter maps memory of its own, too
+            reads[-1].append(line.partition("(")[0].replace("newfstatat", "fstat"))
+    touch, look = ["openat", "fstat", "close"], ["openat", "ioctl", "close"]
+    if any("pread64" in read for read in reads):  # before Linux 6.7
+        look[1] = "pread64"
+    n_left = [len(read) // 3 - 1 for read in reads[:n]]
+    assert reads[:n] == [touch + look * number for number in n_left]
+    assert sum(n_left) >= n // 2

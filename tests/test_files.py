@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from chest import _fs
 from chest.engines import _labels, _mapping
-from chest.engines._files import FileBlobs
+from chest.engines._files import AT_A_TIME, FileBlobs
 from chest.engines._labels import parts_of
 from chest.errors import CorruptError, DiskFullError, FailedError, PathError
 from chest.testing.blobs import BlobsContract
@@ -161,6 +161,39 @@ def test_after_a_failed_sync_nothing_is_written_and_everything_read(root: Path, 
     blobs.close()
 
 
+@pytest.mark.parametrize("sync", [True, False])
+def test_the_disk_begins_with_a_large_file_before_all_of_it_is_there(
+    root: Path, monkeypatch: pytest.MonkeyPatch, sync: bool
+) -> None:
+    began: list[int] = []
+    monkeypatch.setattr(_fs, "start_writing_back", lambda fd: began.append(os.fstat(fd).st_size))
+    blobs = FileBlobs(str(root), sync=sync)
+    part = AT_A_TIME // 2
+
+    def dump(file: Any) -> None:
+        for _ in range(5):
+            file.write(bytes(part))
+
+    assert blobs.write(dump)[1] == 5 * part
+    assert began == ([2 * part, 4 * part] if sync else [])
+    blobs.close()
+
+
+@pytest.mark.parametrize(("code", "error"), [(errno.EIO, FailedError), (errno.ENOSPC, DiskFullError)])
+def test_a_disk_that_fails_as_it_begins_has_failed(
+    root: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception]
+) -> None:
+    monkeypatch.setattr(_fs, "_sync_file_range", lambda: lambda fd: code)
+    blobs = FileBlobs(str(root))
+    with pytest.raises(error):
+        write(blobs, bytes(AT_A_TIME))
+    assert listed(root) == []
+    if error is FailedError:
+        with pytest.raises(FailedError):
+            write(blobs)
+    blobs.close()
+
+
 def test_a_full_disk_leaves_no_part_of_a_file(root: Path, blobs: FileBlobs) -> None:
     def dump(file: Any) -> None:
         file.write(b"x" * 1000)
@@ -275,6 +308,20 @@ def test_a_blob_is_found_before_and_after_it_is_published(root: Path, blobs: Fil
     assert blobs.read(name, "a/b") == b"data"
 
 
+@pytest.mark.parametrize("label", ["a", "a~1", "_a/b"])
+def test_under_its_label_a_blob_is_found_when_it_has_that_size(root: Path, blobs: FileBlobs, label: str) -> None:
+    name = write(blobs)
+    with pytest.raises(FileNotFoundError):
+        blobs.read_published(label, 4)
+    blobs.publish(name, label)
+    view = blobs.read_published(label, 4)
+    assert view == b"data"
+    assert not view.readonly
+    assert blobs.read_published(label, 5) is None
+    os.truncate(root / label, 0)
+    assert blobs.read_published(label, 0) is None
+
+
 @pytest.mark.parametrize("libc", [True, False])
 def test_views_are_private_and_writable_and_hold_no_descriptor(
     root: Path, blobs: FileBlobs, monkeypatch: pytest.MonkeyPatch, libc: bool
@@ -317,6 +364,9 @@ def test_only_regular_files_are_read_and_no_link_is_followed(root: Path, blobs: 
     for label in ("link", "way/file", "folder", "folder/deep", "folder/way/file", "fifo", "file/x"):
         with pytest.raises(CorruptError):
             blobs.read("none", label)
+        size = os.stat(root / label).st_size if label != "file/x" else 1
+        with contextlib.suppress(OSError, CorruptError):
+            assert blobs.read_published(label, size) is None
     name = write(blobs)
     os.unlink(blobs.path(name, ""))
     os.symlink(secret / "file", root / ".keys" / "new" / name)
@@ -333,6 +383,7 @@ def test_a_label_that_leads_elsewhere_is_refused_everywhere(root: Path, blobs: F
     name = write(blobs)
     for use in (
         lambda: blobs.read("none", label),
+        lambda: blobs.read_published(label, 7),
         lambda: blobs.publish(name, label, replace=True),
         lambda: blobs.unlink(label),
         lambda: blobs.write_copy(label, b"inside"),

@@ -456,3 +456,18 @@ def test_the_bytes_of_a_folder_are_those_of_its_files(tmp_path: Path) -> None:
     link = os.lstat(tmp_path / "link").st_size
     assert _fs.folder_bytes(str(tmp_path)) == 30 + link
     assert _fs.folder_bytes(str(tmp_path / "none")) == 0
+
+
+def test_a_file_that_the_disk_has_begun_with_is_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "x").open("wb") as file:
+        file.write(b"x" * 100_000)
+        file.flush()
+        _fs.start_writing_back(file.fileno())
+        file.write(b"y")
+    assert (tmp_path / "x").read_bytes() == b"x" * 100_000 + b"y"
+    reading, writing = os.pipe()
+    _fs.start_writing_back(writing)  # where there is nothing to begin with, nothing is wrong
+    os.close(reading)
+    os.close(writing)
+    monkeypatch.setattr(_fs, "_sync_file_range", lambda: None)  # no Linux
+    _fs.start_writing_back(0)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from chest import Chest, _changes, safe
+from chest import Chest, _pagemap, _pickled, safe
 from chest.serializers import _registry
 
 
@@ -104,9 +104,9 @@ def way(request: pytest.FixtureRequest, serializer: str, monkeypatch: pytest.Mon
     if serializer == "safe" and request.param != "pagemap-scan":
         pytest.skip("the same for every serializer")
     if request.param == "pagemap":
-        monkeypatch.setattr(_changes, "USE_PAGEMAP_SCAN", False)
+        monkeypatch.setattr(_pagemap, "USE_PAGEMAP_SCAN", False)
     if request.param == "hashes":
-        monkeypatch.setattr(_changes, "USE_PAGEMAP", False)
+        monkeypatch.setattr(_pagemap, "USE_PAGEMAP", False)
     return str(request.param)
 
 
@@ -283,3 +283,52 @@ def test_a_value_that_is_held_by_whoever_set_it_may_be_changed_after_it_was_writ
         value.append(2)
     with Chest[Any, Any](path=tmp_path / "c") as chest:
         assert chest["k"] == [1, 2]
+
+
+RESHAPED = {
+    "shape": lambda v: setattr(v, "shape", (BIG // 2, 2)),
+    "dtype": lambda v: setattr(v, "dtype", np.dtype("i8")),
+    "byte order": lambda v: setattr(v, "dtype", v.dtype.newbyteorder()),
+    "metadata": lambda v: setattr(v, "dtype", np.dtype("f8", metadata={"unit": "m"})),
+    "read-only": lambda v: v.setflags(write=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Setting the:DeprecationWarning")  # numpy 2.4 would rather have new views
+@pytest.mark.parametrize("limit", [10**9, 0], ids=["memory", "spilled"])
+@pytest.mark.parametrize("what", RESHAPED)
+def test_what_changes_of_a_mapped_array_beside_its_elements_is_kept(what: str, limit: int, tmp_path: Path) -> None:
+    def look(value: Any) -> Any:
+        return value.shape, value.dtype.str, value.dtype.metadata, value.flags.writeable, value.tobytes()
+
+    expected = np.arange(float(BIG))
+    with Chest(path=tmp_path / "c") as c:
+        c["x"] = expected.copy()
+    RESHAPED[what](expected)
+    with Chest(path=tmp_path / "c", available_memory=limit) as c:
+        RESHAPED[what](c["x"])
+    with Chest(path=tmp_path / "c") as c:
+        assert look(c["x"]) == look(expected)
+
+
+def test_an_array_that_was_only_read_is_neither_pickled_nor_mapped_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Chest(path=tmp_path / "c") as c:
+        c["x"], c["y"] = np.arange(float(BIG)), [np.arange(float(BIG)), np.zeros((3, BIG), order="F")]
+    if _pagemap.written_pages(0, 0) is None:
+        pytest.skip("the kernel does not tell which pages were written")
+    probed: list[Any] = []
+    with Chest[str, Any](path=tmp_path / "c") as c:
+        store: Any = c._store
+
+        def probe(value: Any) -> Any:
+            probed.append(value)
+            return _pickled.probe(value)
+
+        monkeypatch.setattr(store, "_files", store._files._replace(probe=probe))
+        monkeypatch.setattr(store, "_load_again", lambda *_: pytest.fail("it was mapped again"))
+        assert c["x"][5] == c["y"][0][5] == 5
+        c.flush()
+        assert [type(value) for value in probed] == [list]
+        assert c.stats().writes == 0

@@ -32,6 +32,8 @@ from chest.errors import CorruptError, LoadError
 
 np = pytest.importorskip("numpy")
 
+BLOCK = 1 << 20  # of the page cache
+
 N = 20_000  # items of 8 bytes: well above what the pickler copies
 ENTRY, TRAILER = 32, 48
 MIB = 1 << 20
@@ -533,6 +535,23 @@ class Dribble(io.RawIOBase):
         n = min(len(data), self.random.choice([1, 7, 5000, 10**6, 10**9]))
         self.data += data[:n]
         return n
+
+
+@pytest.mark.parametrize(
+    "value", [np.arange(3_000_000.0), [np.arange(700_000.0)] * 3, bytes(5_000_001)], ids=["array", "some", "bytes"]
+)
+def test_large_buffers_are_written_in_parts_that_begin_at_multiples_of_a_large_block(value: Any) -> None:
+    file, starts = io.BytesIO(), []
+
+    class Noting:
+        def write(self, data: Any) -> int:
+            if file.tell() and len(memoryview(data).cast("B")) > BLOCK // 2:
+                starts.append(file.tell() % BLOCK)
+            return file.write(data)
+
+    dump(value, Noting())
+    assert starts.count(0) >= len(starts) - (3 if isinstance(value, list) else 1), "but for where a buffer begins"
+    assert load(file.getvalue())[0] is not None
 
 
 def test_files_that_write_short_get_all_of_it() -> None:

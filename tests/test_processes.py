@@ -292,6 +292,24 @@ def test_what_was_overwritten_before_its_commit_was_settled_is_not_believed_to_b
         assert one["x"] == two["x"] == "newer"
 
 
+def test_the_older_file_that_still_has_the_name_is_not_taken_for_the_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array = np.ones(20_000)
+    with Chest[Any, Any](path=tmp_path / "c") as one, Chest[Any, Any](path=tmp_path / "c") as two:
+        one["x"] = array
+        one.sync()
+        with monkeypatch.context() as patch:
+            patch.setattr(one._store, "settle", lambda: 0)  # as if it took long
+            one["x"] = 2 * array
+            one.sync()
+        assert np.load(tmp_path / "c" / "x", allow_pickle=True)[0] == 1
+        assert two["x"][0] == 2
+        (tmp_path / "c" / "x").write_bytes(b"damaged")
+        two.flush()
+        assert two["x"][0] == 2
+
+
 def test_a_readable_copy_that_comes_late_does_not_replace_a_value_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Chest[Any, Any](path=tmp_path / "c") as one, Chest[Any, Any](path=tmp_path / "c", loose=0) as two:
         copy = one._store._write_copies

@@ -678,6 +678,31 @@ def test_arrow_backed_columns_count_their_buffers() -> None:
     assert nbytes(series) == pytest.approx(int(series.memory_usage(deep=True)), rel=0.1)
 
 
+def test_a_frame_with_arrow_columns_is_measured_without_walking_through_what_pandas_keeps_beside_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pd = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    frame = pd.DataFrame({f"c{i}": pd.Series(texts(1_000), dtype="string[pyarrow]") for i in range(10)})
+    visited: list[object] = []
+    visit = sizing_module._Walk.visit
+    monkeypatch.setattr(
+        sizing_module._Walk, "visit", lambda self, value, *rest: visited.append(value) or visit(self, value, *rest)
+    )
+    assert nbytes(frame) == pytest.approx(int(frame.memory_usage(deep=True).sum()), rel=0.15)
+    assert len(visited) <= 10 * 5 + 20  # an array, what it wraps, its buffers
+
+
+def test_a_view_of_a_mapped_file_counts_the_file_once(tmp_path: Path) -> None:
+    from chest.engines._mapping import map_privately
+
+    (tmp_path / "x").write_bytes(bytes(300_000))
+    with (tmp_path / "x").open("rb") as file:
+        view = map_privately(file.fileno(), 300_000)
+    assert 300_000 <= nbytes(view[5:]) < 301_000
+    assert 300_000 <= nbytes([view[5:7], view]) < 301_000
+
+
 def test_a_frame_subclass_is_a_frame() -> None:
     pd = pytest.importorskip("pandas")
 

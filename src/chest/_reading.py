@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-from . import _changes, _keys
+from . import _changes, _keys, _pagemap
 from ._envelope import Envelope, open_body, open_file
 from ._hot import picture
 from ._records import BLOB, KIND, LOOSE, PACKED, Baseline, FileBaseline, Loaded, Ref
@@ -54,6 +54,7 @@ class Reader:
         self._verify = verify
         self._folds = folds
         self._envelope = envelope
+        self._maps = self._files is not None and (envelope is None or envelope.seal is None)
         self.read_only = read_only
         self._opaque: dict[Any, bytes] | None = None
         self._opaque_names: set[bytes] = set()
@@ -203,8 +204,12 @@ class Reader:
         return _loaded(Loaded, (value, record, baseline or (None if _changes.is_immutable(value) else body)))
 
     def _read_blob(self, key: Hashable, name: bytes, ref: Ref, record: Record) -> Loaded:
-        path = self.blobs.path(ref.blob, ref.label)
+        path = None
         try:
+            loaded = self._read_published(ref, record)
+            if loaded is not None:
+                return loaded
+            path = self.blobs.path(ref.blob, ref.label)
             view = self.blobs.read(ref.blob, ref.label)
             if len(view) != ref.size and ref.digest:
                 raise CorruptError(f"the file {path} has {len(view)} bytes instead of {ref.size}", path=path)
@@ -215,16 +220,11 @@ class Reader:
                 again = partial(open_file, seal, record.kind, stored, view, ref.plain, ref.seal)
                 view = again()
             if self._files is not None:
-                value, layout = self._files.load(view, verify=self._verify or again is not None, digest=ref.digest or None)
-                if _changes.is_immutable(value):
-                    return Loaded(value, record, None)
-                if layout is not None:
-                    return Loaded(value, record, FileBaseline(layout, view if again is None else None, again))
-                return Loaded(value, record, self.codec.digest(value))
+                return self._load_mapped(view, ref, record, again)
             if ref.digest and _hash(view) != ref.digest:
                 raise CorruptError(f"the content of {path} is not what was written", path=path)
         except LoadError as error:
-            error.path = error.path or path
+            error.path = error.path or path or self.blobs.path(ref.blob, ref.label)
             raise
         except (FileNotFoundError, MissingExtraError):
             raise
@@ -233,7 +233,7 @@ class Reader:
                 f"the file {path} cannot be read ({error.strerror or error}): make it readable and try again", path=path
             ) from error
         except Exception as error:
-            raise self._unloadable(key, error, path) from error
+            raise self._unloadable(key, error, path or self.blobs.path(ref.blob, ref.label)) from error
         try:
             value = self._load_foreign(view, path)
         except LoadError as error:
@@ -242,6 +242,33 @@ class Reader:
         except Exception as error:
             raise self._unloadable(key, error, path) from error
         return Loaded(value, record, None if _changes.is_immutable(value) else self.codec.digest(value))
+
+    def _read_published(self, ref: Ref, record: Record) -> Loaded | None:
+        """The value of a file that carries the name of its key already, as nearly all do: its digest tells that it is the one.
+
+        None if it is not, or if anything is wrong with it. The order that certainly finds it then says what.
+        """
+        if record[2] != BLOB or not self._maps or not ref.digest or ref.seal or not ref.label:
+            return None
+        try:
+            view = self.blobs.read_published(ref.label, ref.size)
+            return None if view is None else self._load_mapped(view, ref, record)
+        except (OSError, CorruptError):
+            return None
+
+    def _load_mapped(self, view: memoryview, ref: Ref, record: Record, again: Callable[[], memoryview] | None = None) -> Loaded:
+        """The value of a file that maps; ``again`` opens the envelope that it came out of once more."""
+        assert self._files is not None
+        value, layout = self._files.load(view, verify=self._verify or again is not None, digest=ref.digest or None)
+        if _changes.is_immutable(value):
+            return Loaded(value, record, None)
+        if layout is not None:
+            baseline = FileBaseline(layout, None, again)
+            if again is None:
+                outline = _pagemap.outline_of(value) if len(layout.payloads) == 1 else None
+                baseline = FileBaseline(layout, view, None, outline)
+            return Loaded(value, record, baseline)
+        return Loaded(value, record, self.codec.digest(value))
 
     def _load_foreign(self, view: memoryview, path: str) -> Any:
         if self._opener is None:
@@ -302,8 +329,11 @@ class Reader:
     def _file_changed(self, key: Hashable, value: Any, version: int, baseline: FileBaseline) -> bool:
         files = self._files
         assert files is not None  # that is where such a baseline comes from
-        stream, buffers = files.probe(value)
         layout = baseline.layout
+        start = 0 if baseline.view is None else _pagemap.address_of(baseline.view)
+        if baseline.outline and _pagemap.is_untouched(value, baseline.outline, start + layout.payloads[0].offset):
+            return False
+        stream, buffers = files.probe(value)
         stored: memoryview | None = None
         if len(buffers) != len(layout.payloads):
             return True
@@ -311,15 +341,18 @@ class Reader:
             source = baseline.view if baseline.again is None else baseline.again()
             if source is None or files.probe(files.load(source, payloads=False)[0])[0] != stream:
                 return True
-        start = 0 if baseline.view is None else _changes.address_of(baseline.view)
+        # Most mappings were only read: then one look at all of it says so, and the file is not mapped once more.
+        untouched = start and layout.size > _pagemap.HASH_BELOW and _pagemap.written_pages(start, layout.size) == []
         for (buffer, _), payload in zip(buffers, layout.payloads, strict=True):
             if len(buffer) != payload.length:
                 return True
-            private = bool(start) and start <= _changes.address_of(buffer) < start + layout.size
+            private = bool(start) and start <= _pagemap.address_of(buffer) < start + layout.size
+            if private and untouched:
+                continue
             if private and stored is None:
                 again = self._load_again(key, version)
                 stored = again.baseline.view if again and isinstance(again.baseline, FileBaseline) else None
             part = None if stored is None else stored[payload.offset : payload.offset + payload.length]
-            if not _changes.same_payload(buffer, payload.checksum, part, private=private):
+            if not _pagemap.same_payload(buffer, payload.checksum, part, private=private):
                 return True
         return False

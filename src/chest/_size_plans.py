@@ -344,6 +344,13 @@ def _frame(value: Any) -> Parts:
     return id(value), 1000 + 500 * len(manager.blocks), ((members, len(members)),)
 
 
+def _arrow_column(value: Any) -> Parts:
+    if "_pa_array" not in vars(value):  # pandas 1 called it otherwise
+        return _inside(value)
+    members = [value._pa_array, *(cached for cached in (vars(value).get("_cache"),) if cached)]
+    return id(value), 500, ((members, len(members)),)  # 500: its attributes, its data type, an empty cache
+
+
 def _arrow(value: Any) -> Parts:
     chunks = [chunk for column in getattr(value, "columns", (value,)) for chunk in getattr(column, "chunks", (column,))]
     if len(chunks) > _MANY_CHUNKS:
@@ -371,6 +378,8 @@ def _view(value: Any) -> Parts:
     exporter = value.obj
     if exporter is None or type(exporter).__name__ == "mmap":
         return id(value), value.nbytes, ()
+    if (mapped := getattr(exporter, "mapped_bytes", None)) is not None:  # of a value file; the object itself may claim more
+        return id(exporter), mapped, ()
     if _find(type(exporter), {}, {"numpy.ndarray": True}):
         return _array(exporter)
     with memoryview(exporter) as whole:
@@ -398,6 +407,8 @@ _NAMES: dict[str, Plan] = {
     "numpy.generic": _leaf,
     "pandas.DataFrame": _frame,
     "pandas.Series": _frame,
+    "pandas.arrays.ArrowExtensionArray": _arrow_column,
+    "pandas._libs.internals.BlockValuesRefs": _counted_by(lambda value: 250),  # weak references to who shares a block
     "pandas._libs.index.IndexEngine": _counted_by(lambda value: value.sizeof()),
     "pyarrow.lib.Buffer": _arrow_buffer,
     **dict.fromkeys(("pyarrow.lib.Array", "pyarrow.lib.ChunkedArray", "pyarrow.lib._Tabular"), _arrow),

@@ -43,6 +43,7 @@ MARKS = (b"\x80\x05C\x05chest0", b"\xa7chest-1")
 from one that never had any."""
 
 _CHUNK = 1 << 20  # written in parts that are still in the processor's cache after they were hashed
+_PLAIN_CHUNK = 2 << 20  # ... of which no copy is made
 _MAGIC = b"CHESTv1\n"
 _ENTRY = struct.Struct("<QQQBB6x")  # offset, length, checksum, header, read-only
 _TRAILER = struct.Struct("<QQQQQ8s")  # checksum of the stream, its end, n payloads, n note, digest, magic
@@ -130,12 +131,17 @@ class Sink:
         With ``copy``, hash and write a copy of each part: another thread that changes the value in between can then
         tear it, as it can with any pickler, but not make a file that fails the checks of every load.
         """
-        for start in range(0, len(raw), _CHUNK):
-            part: memoryview | bytes = raw[start : start + _CHUNK]
+        size = _CHUNK if copy else _PLAIN_CHUNK
+        # Up to a multiple of the chunk first. The kernel keeps what is written in blocks as large as their place in the file
+        # allows, and fills a mapping by the block: where they are small, reading all of it takes half as long again.
+        start, stop = 0, size - self._offset % size
+        while start < len(raw):
+            part: memoryview | bytes = raw[start:stop]
             if copy:
                 part = bytes(part)
             hasher.update(part)
             self._put(part)
+            start, stop = stop, stop + size
 
     def _put(self, data: memoryview | bytes) -> None:
         write = self._write

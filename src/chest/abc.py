@@ -212,6 +212,13 @@ class Blobs(ABC):
             FileNotFoundError: there is no such blob.
         """
 
+    def read_published(self, label: str, size: int) -> memoryview | None:
+        """What a blob of this label and size is mostly found as, None if it is not there, or where that is no quicker.
+
+        The caller looks whether it is the blob that was meant: it may be an older or newer one. If not, ``read`` tells.
+        """
+        return None
+
     @abstractmethod
     def remove(self, names: Iterable[str]) -> None:
         """Remove blobs; what is not there is no error."""

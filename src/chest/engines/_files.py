@@ -3,7 +3,8 @@
     root/.keys/new/<owner>-<random>    written, synced, not yet published
     root/<label>                       published: renamed to where a person would look for it
 
-A reader looks in ``new/`` first and then under the label; files move in this direction only, so it finds one of them.
+A reader looks in ``new/`` first and then under the label; files move in this direction only, so it finds one of them. Who
+can tell whether a file is the right one may look under the label before all that: it is nearly always there.
 What lies in ``new/``, belongs to no living process and is mentioned by no note of the index was never committed: the
 next opener removes it. The name tells the owner, so that files of processes that are still writing are left alone.
 """
@@ -31,19 +32,32 @@ from ._owners import join, leave
 __all__ = ["FileBlobs"]
 
 _FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_TO_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _FLAGS  # a FIFO would wait for a writer
+AT_A_TIME = 1 << 20  # bytes of a file that the disk is told to begin with
 _NAME = re.compile(r"[0-9a-z][0-9a-zA-Z-]{0,200}")
+_is_word = re.compile(r"[0-9a-zA-Z_]{1,200}").fullmatch  # a label that can only be a file right below the root
 _BEFORE_SYNCING = (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EMFILE, errno.ENFILE)  # nothing was lost: try again
 _UNUSABLE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno.ELOOP)
 
 
 class _Whole(io.FileIO):
-    """A file whose ``write`` writes all of it: the system's stops at 2 GiB and wherever it likes."""
+    """A file whose ``write`` writes all of it: the system's stops at 2 GiB and wherever it likes.
+
+    ``on_its_way`` is called when another ``AT_A_TIME`` bytes have been written.
+    """
+
+    on_its_way: Callable[[int], None] | None = None
+    _n_new = 0
 
     def write(self, data: Any, /) -> int:
         done = super().write(data)
         size = len(data) if type(data) is bytes else memoryview(data).nbytes
         while done < size:
             done += super().write(pickle.PickleBuffer(data).raw()[done:])
+        self._n_new += done
+        if self._n_new >= AT_A_TIME and self.on_its_way is not None:
+            self._n_new = 0
+            self.on_its_way(self.fileno())
         return done
 
 
@@ -59,6 +73,7 @@ class FileBlobs(Blobs):
 
     def __init__(self, root: str, *, sync: bool = True, opener: Callable[..., Any] | None = None, mode: str = "b") -> None:
         self.root = root
+        self._prefix = os.path.join(root, "")
         self._new = os.path.join(root, ".keys", "new")
         self._sync = sync
         self._opener = opener
@@ -84,6 +99,8 @@ class FileBlobs(Blobs):
         try:
             if self._opener is None:
                 with _Whole(fd, "wb") as file:
+                    if self._sync:
+                        file.on_its_way = self._start_writing_back
                     dump(file)
                     return name, self._written(file.fileno())
             os.close(fd)
@@ -107,6 +124,10 @@ class FileBlobs(Blobs):
             self._durably(os.fsync, fd)
         self._unsynced.add(self._new)
         return os.fstat(fd).st_size
+
+    def _start_writing_back(self, fd: int) -> None:
+        """While the rest is hashed and copied, the disk has something to do: a third of the time that a large file takes."""
+        self._durably(_fs.start_writing_back, fd)
 
     def _durably(self, sync: Callable[[Any], None], what: Any) -> None:
         try:
@@ -251,19 +272,40 @@ class FileBlobs(Blobs):
         finally:
             os.close(fd)
 
+    def read_published(self, label: str, size: int) -> memoryview | None:
+        """What lies under a label, as ``read`` gives it, if it is a regular file of this size.
+
+        Which is mostly the blob that the caller looks for, at the price of one look instead of two. But it may be another one
+        that has, or had, the same label.
+
+        Raises:
+            OSError, CorruptError: nothing can be read there.
+        """
+        if _is_word(label):
+            fd = os.open(self._prefix + label, _TO_READ)
+        else:
+            with below(self.root, label) as (folder, last):
+                fd = os.open(last, _TO_READ, dir_fd=folder)
+        try:
+            found = os.fstat(fd)
+            if found.st_size != size or not size or not stat.S_ISREG(found.st_mode):
+                return None
+            return map_privately(fd, size)
+        finally:
+            os.close(fd)
+
     def _open(self, name: str, label: str) -> int:
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _FLAGS  # a FIFO would wait for a writer
         path = self.path(name, label, new=True)
         try:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # .keys of chest 0.2 is a file
-                return os.open(path, flags)
+                return os.open(path, _TO_READ)
             if not label:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
             path = self.path(name, label, new=False)
             if "/" not in label:
-                return os.open(path, flags)
+                return os.open(path, _TO_READ)
             with below(self.root, label) as (folder, last):
-                return os.open(last, flags, dir_fd=folder)
+                return os.open(last, _TO_READ, dir_fd=folder)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
                 raise CorruptError(f"{path} is a link or a device, not a file of this chest", path=path) from error

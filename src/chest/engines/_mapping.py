@@ -11,7 +11,7 @@ import mmap
 import os
 import platform
 import sys
-import weakref
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["map_privately"]
@@ -19,6 +19,7 @@ __all__ = ["map_privately"]
 # Without it the kernel refuses a private mapping larger than memory and swap, though few of its pages are ever written.
 _NORESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
 _TRACKFD: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+_MOST = 1 << 46  # bytes of a mapping
 
 use_libc = os.name == "posix" and not _TRACKFD and sys.maxsize > 2**32
 
@@ -28,9 +29,9 @@ def map_privately(fd: int, size: int) -> memoryview:
 
     Costs 10 us. The file may be closed, renamed and removed meanwhile, but must not become shorter.
     """
-    libc = _libc() if use_libc else None
-    if libc is not None:
-        return _map_by_libc(libc, fd, size)
+    by_libc = _by_libc() if use_libc else None
+    if by_libc is not None:
+        return by_libc(fd, size)
     if os.name != "posix":
         return memoryview(mmap.mmap(fd, size, access=mmap.ACCESS_COPY))
     flags, prot = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
@@ -38,7 +39,8 @@ def map_privately(fd: int, size: int) -> memoryview:
 
 
 @functools.cache
-def _libc() -> Any:
+def _by_libc() -> Callable[[int, int], memoryview] | None:
+    """What maps by way of the C library, None where that cannot be."""
     try:
         import ctypes
 
@@ -46,19 +48,28 @@ def _libc() -> Any:
         libc.mmap.restype = ctypes.c_void_p
         libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
         libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        new, unmap, address_of, failed = libc.mmap, libc.munmap, ctypes.addressof, ctypes.c_void_p(-1).value
+        array: Any = ctypes.c_ubyte * _MOST
     except (ImportError, OSError, AttributeError):
         return None
-    return libc
 
+    # One type for mappings of all sizes, as long as any may be, of which views show what there is: a type takes longer
+    # to make than a mapping. Every view keeps the object alive, and with it the mapping; at the process's end the kernel
+    # removes both.
+    class Mapping(array):  # type: ignore[misc]  # a class that is made above
+        mapped_bytes = 0
 
-def _map_by_libc(libc: Any, fd: int, size: int) -> memoryview:
-    import ctypes
+        def __del__(self) -> None:
+            unmap(address_of(self), self.mapped_bytes)
 
     flags, prot = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-    address = libc.mmap(None, size, prot, flags, fd, 0)
-    if address == ctypes.c_void_p(-1).value:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    array = (ctypes.c_ubyte * size).from_address(address)
-    # Every view of it keeps the array alive, and with it the mapping; at the process's end the kernel removes both.
-    weakref.finalize(array, libc.munmap, address, size).atexit = False
-    return memoryview(array).cast("B")
+
+    def by_libc(fd: int, size: int) -> memoryview:
+        address = new(None, size, prot, flags, fd, 0)
+        if address == failed:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        mapping = Mapping.from_address(address)
+        mapping.mapped_bytes = size
+        return memoryview(mapping).cast("B")[:size]
+
+    return by_libc
