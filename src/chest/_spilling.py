@@ -382,8 +382,9 @@ class Spiller(State):
                 self._remember(error)
                 raise
 
-    def _sync(self) -> None:
-        """Write everything. Raises what could not be written; all else is written all the same."""
+    def _sync(self, *, leaving: bool = False) -> None:
+        """Write everything, before it leaves memory perhaps. Raises what could not be written; all else is written."""
+        has_changed = self._has_changed if leaving else self._find_change
         self._writable() if not self._store.read_only else self._usable()
         for entry in list(self._lent.values()):
             if self._find_change(entry):
@@ -391,7 +392,7 @@ class Spiller(State):
                 entry.size = entry.size or nbytes(entry.value)
                 self._tier.add(entry)
         for entry in list(self._entries.values()):
-            if not entry.dirty and self._find_change(entry):
+            if not entry.dirty and has_changed(entry):
                 self._measure_again(entry)
         self._write_now()
 

@@ -266,7 +266,8 @@ class Chest(Upkeep[K, V]):
         with self.lock:
             self._no_transaction("flush")
             try:
-                self.sync()
+                self._tier.retry()
+                self._sync(leaving=True)
             finally:
                 self._empty()
 

@@ -50,7 +50,7 @@ def _by_libc() -> Callable[[int, int], memoryview] | None:
         libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         new, unmap, address_of, failed = libc.mmap, libc.munmap, ctypes.addressof, ctypes.c_void_p(-1).value
         array: Any = ctypes.c_ubyte * _MOST
-    except (ImportError, OSError, AttributeError):
+    except (ImportError, OSError, AttributeError, OverflowError):
         return None
 
     # One type for mappings of all sizes, as long as any may be, of which views show what there is: a type takes longer
