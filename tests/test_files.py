@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chest import _fs
+from chest import Chest, _fs
 from chest.engines import _labels, _mapping
 from chest.engines._files import AT_A_TIME, FileBlobs
 from chest.engines._labels import parts_of
@@ -336,6 +336,27 @@ def test_views_are_private_and_writable_and_hold_no_descriptor(
     assert [bytes(view[:3]) for view in views] == [b"xyz"] + [b"abc"] * 19
     assert Path(blobs.path(name, "")).read_bytes() == b"abc" * 5000
     assert (views[0].format, views[0].itemsize, views[0].readonly, views[0].nbytes) == ("B", 1, False, 15_000)
+    blobs.read_ahead(views[0])  # changes nothing but when the disk reads
+    blobs.read_ahead(views[1][5000:])
+    blobs.read_ahead(memoryview(b""))
+    assert [bytes(view[:3]) for view in views] == [b"xyz"] + [b"abc"] * 19
+
+
+def test_what_is_prefetched_is_read_ahead_and_what_is_looked_at_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np = pytest.importorskip("numpy")
+    with Chest[Any, Any](path=tmp_path / "c") as chest:
+        chest.update({"a": np.arange(100_000), "b": np.arange(100_000), "small": [1], "c": b"x" * 100_000})
+        chest.flush()
+        ahead: list[int] = []
+        read_ahead = FileBlobs.read_ahead
+        monkeypatch.setattr(FileBlobs, "read_ahead", lambda self, view: ahead.append(view.nbytes) or read_ahead(self, view))
+        assert chest["a"][7] == chest.get_many(["b"])["b"][7] == 7
+        assert ahead == []
+        chest.flush()
+        chest.prefetch(["a", "b", "small", "c"])
+        assert len(ahead) == 2  # bytes are copied when they are read
+        assert min(ahead) > 800_000
+        assert chest["a"][7] == 7
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="no /proc")

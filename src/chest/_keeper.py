@@ -156,6 +156,8 @@ class Keeper(Spiller):
                     continue
                 self._misses += 1
                 self._admit(key, loaded, lent=lent, epoch=epoch)
+                if not lent:
+                    self._store.read_ahead(loaded)
                 found[key] = loaded.value if lent else None
             if lent and self._on_miss is not None:
                 for key in missing:  # now that all are in: it may set those that would have come after

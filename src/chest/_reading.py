@@ -270,6 +270,11 @@ class Reader:
             return Loaded(value, record, baseline)
         return Loaded(value, record, self.codec.digest(value))
 
+    def read_ahead(self, loaded: Loaded) -> None:
+        """The disk begins to read a value that is only mapped so far."""
+        if isinstance(loaded.baseline, FileBaseline) and loaded.baseline.view is not None:
+            self.blobs.read_ahead(loaded.baseline.view)
+
     def _load_foreign(self, view: memoryview, path: str) -> Any:
         if self._opener is None:
             return self.codec.load_from(ViewFile(view))

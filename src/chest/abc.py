@@ -219,6 +219,10 @@ class Blobs(ABC):
         """
         return None
 
+    def read_ahead(self, view: memoryview) -> None:
+        """What ``read`` gave will soon be looked at. Returns at once; does nothing where that is no quicker."""
+        return
+
     @abstractmethod
     def remove(self, names: Iterable[str]) -> None:
         """Remove blobs; what is not there is no error."""

@@ -26,7 +26,7 @@ from .. import _fs
 from ..abc import Blobs
 from ..errors import CorruptError, FailedError, PathError
 from ._labels import below, parts_of
-from ._mapping import map_privately
+from ._mapping import map_privately, read_ahead
 from ._owners import join, leave
 
 __all__ = ["FileBlobs"]
@@ -41,12 +41,9 @@ _UNUSABLE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno.ELOOP
 
 
 class _Whole(io.FileIO):
-    """A file whose ``write`` writes all of it: the system's stops at 2 GiB and wherever it likes.
+    """A file whose ``write`` writes all of it: the system's stops at 2 GiB and wherever it likes."""
 
-    ``on_its_way`` is called when another ``AT_A_TIME`` bytes have been written.
-    """
-
-    on_its_way: Callable[[int], None] | None = None
+    on_its_way: Callable[[int], None] | None = None  # called when another ``AT_A_TIME`` bytes have been written
     _n_new = 0
 
     def write(self, data: Any, /) -> int:
@@ -272,11 +269,13 @@ class FileBlobs(Blobs):
         finally:
             os.close(fd)
 
+    def read_ahead(self, view: memoryview) -> None:
+        read_ahead(view)
+
     def read_published(self, label: str, size: int) -> memoryview | None:
         """What lies under a label, as ``read`` gives it, if it is a regular file of this size.
 
-        Which is mostly the blob that the caller looks for, at the price of one look instead of two. But it may be another one
-        that has, or had, the same label.
+        Which is mostly the blob that the caller looks for. But it may be another one that has, or had, the same label.
 
         Raises:
             OSError, CorruptError: nothing can be read there.

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["map_privately"]
+__all__ = ["map_privately", "read_ahead"]
 
 # Without it the kernel refuses a private mapping larger than memory and swap, though few of its pages are ever written.
 _NORESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
@@ -38,6 +38,16 @@ def map_privately(fd: int, size: int) -> memoryview:
     return memoryview(mmap.mmap(fd, size, flags=flags, prot=prot, **_TRACKFD))
 
 
+def read_ahead(view: memoryview) -> None:
+    """The system begins to read what a view of ``map_privately`` shows, and goes on by itself, where it has such a call."""
+    mapping: Any = view.obj
+    if isinstance(mapping, mmap.mmap):
+        if hasattr(mapping, "madvise"):
+            mapping.madvise(mmap.MADV_WILLNEED)
+    elif hasattr(mapping, "read_ahead"):
+        mapping.read_ahead()
+
+
 @functools.cache
 def _by_libc() -> Callable[[int, int], memoryview] | None:
     """What maps by way of the C library, None where that cannot be."""
@@ -48,7 +58,9 @@ def _by_libc() -> Callable[[int, int], memoryview] | None:
         libc.mmap.restype = ctypes.c_void_p
         libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
         libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        new, unmap, address_of, failed = libc.mmap, libc.munmap, ctypes.addressof, ctypes.c_void_p(-1).value
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        new, unmap, advise, address_of = libc.mmap, libc.munmap, libc.madvise, ctypes.addressof
+        failed, will_need = ctypes.c_void_p(-1).value, mmap.MADV_WILLNEED
         array: Any = ctypes.c_ubyte * _MOST
     except (ImportError, OSError, AttributeError, OverflowError):
         return None
@@ -58,6 +70,9 @@ def _by_libc() -> Callable[[int, int], memoryview] | None:
     # removes both.
     class Mapping(array):  # type: ignore[misc]  # a class that is made above
         mapped_bytes = 0
+
+        def read_ahead(self) -> None:
+            advise(address_of(self), self.mapped_bytes, will_need)  # a hint: whether it is taken does not matter
 
         def __del__(self) -> None:
             unmap(address_of(self), self.mapped_bytes)
