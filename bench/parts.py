@@ -140,15 +140,21 @@ POLICIES = ["GDQ", "GDQ batch", "LRU", "FIFO", "CLOCK", "SIEVE", "GDSF (heap)"]
 PROCESSES = ["chest, write_through", "diskcache.Cache", "sqlitedict", "Valkey, appendfsync always", "Valkey"]
 PROCESSES += ["LMDB, 1 write a transaction"]
 
-UNSYNCED = "It syncs nothing, or only at the end; chest syncs every commit."
+IN_PLACE = (
+    "It appends, or changes pages and syncs them only at the end; chest syncs with every commit the page of its tree that each "
+    "value lies on."
+)
 PAIRS = [
     Column("fill", why="It appends to a log that is not synced and sorts later; chest commits and syncs each batch to a tree."),
     Column("cold read", why="It does not look whether another process has written, and it keeps no value for the next read."),
     Column("hot read", why="A dictionary has neither a limit nor a disk behind it."),
     Column("mixed", why="Its writes wait in memory or in an unsynced log, or it has no memory to keep in order."),
-    Column("overwrite", why=UNSYNCED),
-    Column("delete", why=UNSYNCED),
-    Column("items", why="It walks over its own order; chest gives the order of insertion, and so looks each key up."),
+    Column("overwrite", why=IN_PLACE),
+    Column("delete", why=IN_PLACE),
+    Column(
+        "items",
+        why="It walks over its own order; chest gives that of insertion, so looks each key up, and notices changes in place.",
+    ),
     Column("keys", why="It walks over its own order; chest gives the order of insertion and rebuilds each key as it was."),
     Column("in", why="It asks a dictionary, or a filter, in memory; chest asks the index, and whether others have written."),
     Column("len", why="It counts in memory."),
@@ -173,7 +179,7 @@ SCALING = [
     Column("closing", "ms"),
     Column("read", why=PAIRS[1].why),
     Column("longest get", "ms"),
-    Column("overwrite", why=UNSYNCED),
+    Column("overwrite", why=IN_PLACE),
     Column("disk", PER_KEY, PAIRS[10].why),
 ]
 ARRAY_COLUMNS = [
