@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing.util
 import os
 import sys
 import tempfile
@@ -74,6 +75,7 @@ def _kept_by_multiprocessing() -> set[str]:
 @pytest.fixture(name="place")
 def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for temporary files, of child processes too."""
+    multiprocessing.util.get_temp_dir()  # elsewhere: the sockets in it outlive the test, and may have no long names
     place = tmp_path / "tmp"
     place.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(place))
