@@ -10,7 +10,12 @@ PIP    := -m pip install --quiet --quiet --disable-pip-version-check --no-warn-s
 # Of the suite on the oldest and the newest interpreter of this machine: all but what is slow, about faults, or the same on each.
 OTHERS_PYTEST ?= -q -m "not slow and not torture" --ignore=tests/test_bench.py --ignore=tests/test_check_trust.py
 PYTEST_ARGS   ?=
+# As many tests at a time as there are cores, four at the most: many of them start processes of their own. One: make test XDIST=
+XDIST         ?= -n logical --maxprocesses 4 --dist worksteal
 comma         := ,
+
+# The tests start hundreds of interpreters, each of which would compile all of chest if it may not keep what comes of it.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help demo test lint test-others test-one torture bench clean
 
@@ -21,7 +26,7 @@ demo: $(VENV)/.stamp-demo  ## the library on real data: 336,776 flights through 
 	@$(PY) examples/flights.py $(DEMO_ARGS)
 
 test: lint  ## lint, types, and the tests on the default, the oldest and the newest interpreter
-	$(PY) -m pytest -q $(PYTEST_ARGS)
+	$(PY) -m pytest -q $(XDIST) $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-others
 
 lint: $(VENV)/.stamp-test  ## ruff and mypy
@@ -38,7 +43,7 @@ test-others:
 
 test-one: .venv-$(VERSION)/.stamp-test
 	@echo "Python $(VERSION)$(if $(CHEST_PURE),$(comma) without the compiled part):"
-	.venv-$(VERSION)/bin/python -m pytest $(OTHERS_PYTEST) $(PYTEST_ARGS)
+	.venv-$(VERSION)/bin/python -m pytest $(OTHERS_PYTEST) $(XDIST) $(PYTEST_ARGS)
 
 torture: $(VENV)/.stamp-test $(VENV)/.stamp-fuzz  ## every crash, fault and larger-than-memory test in full (an hour or so; as root it does more)
 	@rm -f build/counts.jsonl ; mkdir -p build
@@ -71,5 +76,5 @@ $(VENV)/.stamp-%: pyproject.toml $(wildcard src/native/*) | $(PY)
 	@echo "installing chest[test] into .venv-$*"
 	@.venv-$*/bin/python $(PIP) --only-binary :all: -e '.[test]' || { \
 		echo "not every package of the test extra is there for Python $*: testing with pytest and hypothesis alone" ; \
-		.venv-$*/bin/python $(PIP) -e . pytest hypothesis ; }
+		.venv-$*/bin/python $(PIP) -e . pytest pytest-xdist hypothesis ; }
 	@touch $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing.util
 import os
 import sys
 import tempfile
@@ -18,13 +19,12 @@ from chest import Chest
 
 TORTURE = os.environ.get("CHEST_TORTURE", "") not in ("", "0")
 
-# The machine decides how long an example takes, so there is no deadline. In CI the examples are always the same ones,
-# so that a red run is red for everybody. Torture looks for new ones.
-settings.register_profile("dev", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
-settings.register_profile(
-    "torture", deadline=None, max_examples=2000, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
-)
+# The machine decides how long an example takes, so there is no deadline, and none is too slow. In CI the examples are always
+# the same ones, so that a red run is red for everybody. Torture looks for new ones.
+at_any_speed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("dev", at_any_speed)
+settings.register_profile("ci", at_any_speed, derandomize=True, print_blob=True)
+settings.register_profile("torture", at_any_speed, max_examples=2000, print_blob=True)
 settings.load_profile("torture" if TORTURE else "ci" if os.environ.get("CI") else "dev")
 
 T = TypeVar("T")
@@ -75,6 +75,7 @@ def _kept_by_multiprocessing() -> set[str]:
 @pytest.fixture(name="place")
 def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for temporary files, of child processes too."""
+    multiprocessing.util.get_temp_dir()  # elsewhere: the sockets in it outlive the test, and may have no long names
     place = tmp_path / "tmp"
     place.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(place))
@@ -92,6 +93,15 @@ def _chest(request: pytest.FixtureRequest, tmp_path: Path, place: Path) -> Itera
         if not chest._closed:
             problems = list(chest.check())
             assert not problems, problems
+
+
+def pytest_collection_finish() -> None:
+    """What stands by now stands to the end: a ``gc.collect()`` of a test, and CPython's own, need not go through it again.
+
+    Modules and thousands of collected tests are most of what there is, and a collection took a quarter of a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 _FAILED = pytest.StashKey[bool]()
