@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -332,3 +333,30 @@ def test_an_array_that_was_only_read_is_neither_pickled_nor_mapped_again(
         c.flush()
         assert [type(value) for value in probed] == [list]
         assert c.stats().writes == 0
+
+
+class Referable:
+    """Something that a weak reference leads back to."""
+
+    def __init__(self) -> None:
+        self.items: list[int] = []
+
+
+def test_a_value_that_a_weak_reference_leads_back_to_is_looked_at_again(tmp_path: Path) -> None:
+    for filler in ("x" * 1000, {"a": ["x" * 1000]}):
+        with Chest[Any, Any](path=tmp_path / "c", available_memory=1_000_000, loose=0) as chest:
+            chest["k"] = Referable()
+            back = weakref.ref(chest["k"])
+            chest["k"] = value = Referable()
+            back = weakref.ref(value)
+            del value
+            for i in range(2000):  # with which it is written along
+                chest[i] = filler
+            value = back()
+            assert value is not None
+            value.items.append(1)
+            del value
+            chest.flush()
+            assert back() is None
+            assert chest["k"].items == [1]
+            chest.clear()

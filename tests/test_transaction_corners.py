@@ -441,3 +441,18 @@ def _step(chest: Chest[Any, Any], model: dict[Any, Any], random_: random.Random,
         assert chest.popitem() == model.popitem()
     else:
         assert list(chest) == list(model)
+
+
+def test_a_value_that_is_got_in_a_block_and_changed_after_it_is_kept(tmp_path: Path) -> None:
+    with Chest[Any, Any](path=tmp_path / "c", available_memory=4_000_000, loose=0) as chest:
+        with chest.transaction():
+            chest["k"] = [1]
+            for i in range(2000):  # with which "k" is written along, when nobody holds it
+                chest[i] = "x" * 1000
+            assert "k" in chest._here()._entries
+            assert "k" not in chest._here()._dirty
+            held = chest["k"]
+        held.append(2)
+        del held
+        chest.flush()
+        assert chest["k"] == [1, 2]

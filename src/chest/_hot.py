@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import struct
+import weakref
 from _thread import get_ident
 from collections.abc import Callable, Iterator
 from sys import getsizeof
@@ -30,6 +31,7 @@ __all__ = [
     "baseline_bytes",
     "is_held",
     "look_up",
+    "may_be_reached",
     "order_pairs",
     "pack_rows",
     "picture",
@@ -152,7 +154,7 @@ def _pack_rows(
         try:
             name = name_of(key)
             if item.dirty:
-                item.lent = _is_held(item)  # asked before: see `_changes`
+                item.lent = may_be_reached(item)  # asked before: see `_changes`
             body = dumps(item.value)
             if name is None or name[0] == _HASHED or len(body) >= small:
                 return item, size
@@ -307,6 +309,11 @@ def _settle_rows(
 def _is_held(entry: Any) -> bool:
     """Whether anybody but its entry holds a value, or something inside it that can change."""
     return _changes.held(entry.value) != _changes.Held.NO
+
+
+def may_be_reached(entry: Any) -> bool:
+    """Whether anybody may change a value that is written now: who holds it, or has a weak reference."""
+    return _is_held(entry) or weakref.getweakrefcount(entry.value) > 0
 
 
 def _picture(value: object) -> Any:

@@ -147,6 +147,7 @@ class Sharing(Dictionary[K, V]):
                 if not self._takes(entry):
                     continue
                 entry.epoch = self._epoch if newest else -1  # -1: to be checked when it is next used
+                entry.lent = entry.lent or entry.hot
                 entry.hot = False
                 if entry.key not in lent and entry.size <= self._tier.limit:
                     self._tier.add(entry)

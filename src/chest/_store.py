@@ -21,7 +21,7 @@ import xxhash
 
 from . import _fs
 from ._changes import is_immutable
-from ._hot import is_held, pack_rows
+from ._hot import may_be_reached, pack_rows
 from ._publishing import Publisher
 from ._records import (
     BLOB,
@@ -180,7 +180,7 @@ class Store(Publisher):
                 name, typed = encode(key) or (self.name(key, create=True) or b"", self.codec.typed(key))
                 row: Row
                 if item.dirty:
-                    item.lent = is_held(item)  # asked before: see `_changes`
+                    item.lent = may_be_reached(item)  # asked before: see `_changes`
                 if item.size < small and len(body := dumps(value)) < SMALL:
                     baseline: Baseline = None if fixed(value) else _hash(body)
                     kind = PACKED

@@ -91,6 +91,10 @@ pack_rows(PyObject *Py_UNUSED(module), PyObject *args)
         if (entry->dirty && !atomic) {
             /* Asked before it is serialized: what nobody holds cannot differ from what is written, unless it is handed out. */
             int held = glance < 0 ? entry_is_held(entry) : glance;
+            if (held == 0 && PyType_SUPPORTS_WEAKREFS(Py_TYPE(entry->value)) &&
+                *PyObject_GET_WEAKREFS_LISTPTR(entry->value) != NULL) {
+                held = 1; /* who has a weak reference may come back */
+            }
             if (held < 0) {
                 Py_DECREF(name);
                 PyErr_Clear();
