@@ -283,7 +283,7 @@ class ChestMachine(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
 
-@pytest.mark.parametrize("limit", [10**9, 0, 150_000], ids=["all-in-memory", "all-spilled", "mixed"])
+@pytest.mark.parametrize("limit", [10**9, 0, 40_000], ids=["all-in-memory", "all-spilled", "mixed"])
 @pytest.mark.parametrize("serializer", ["pickle", "safe"])
 def test_a_chest_equals_a_dict_after_every_step(limit: int, serializer: str) -> None:
     if serializer == "safe":
