@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chest import _fs
-from chest.abc import Put
+from chest.abc import Put, Record
 from chest.engines import _environment
 from chest.engines._environments import ENVIRONMENTS
 from chest.engines._gate import GATE, Gate
@@ -571,3 +571,38 @@ def test_no_thread_is_left_inside_of_the_gate() -> None:
 def test_limits_of_this_machine_do_not_stop_the_default_map() -> None:
     if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY and sys.maxsize > 2**32:
         assert _environment.MAP_SIZE == 256 << 30
+
+
+def test_keys_that_were_thought_to_be_new_keep_their_places_and_are_noted(index: LmdbIndex) -> None:
+    for name, start in (("a", 1), ("b", 200), ("c", 400)):
+        index.commit([put(f"{name}{n}", start + n, kind=2) for n in range(100)])
+    assert index._all_new  # nobody looks for the keys of the next commit before it puts them
+    before = index.version()
+    replaced: list[bytes] = []
+
+    def notes(records: dict[bytes, Record]) -> list[bytes]:
+        replaced.extend(records)
+        return []
+
+    mixed = [put(f"a{n}", 900 + n, b"new") for n in range(0, 100, 2)] + [put(f"d{n}", 600 + n) for n in range(50)]
+    commit = index.commit(mixed, notes=notes)
+    assert commit.before == before
+    assert sorted(replaced) == sorted(f"a{n}".encode() for n in range(0, 100, 2))
+    assert not index._all_new
+    names = [f"{name}{n}" for name in "abc" for n in range(100)] + [f"d{n}" for n in range(50)]
+    assert [item.name.decode() for item in index.page(None, 1000)] == names
+    assert index.get(b"a2") == Record(commit.version, 3, 0, b"new")
+    check(index)
+
+
+def test_a_transaction_looks_for_keys_since_it_cannot_begin_again(index: LmdbIndex) -> None:
+    index.commit([put(f"a{n}", n + 1) for n in range(100)])
+    with index.transaction() as inside:
+        inside.commit([put(f"b{n}", 200 + n) for n in range(100)])
+        inside.commit([put(f"b{n}", 900 + n, b"new") for n in range(100)])
+        inside.commit([put("c", 999)])
+    assert len(index) == 201
+    record = index.get(b"b5")
+    assert record is not None
+    assert (record.seq, record.body) == (205, b"new")
+    check(index)
