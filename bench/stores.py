@@ -161,7 +161,7 @@ def _zict_file(folder: str, memory: int) -> Handle:
     return _buffer(zict.File(folder), memory, lambda: None)
 
 
-@contestant("zict.Buffer, LMDB", "nothing", KILL, bounded=True)
+@contestant("zict.Buffer, LMDB", "nothing", KILL, bounded=True, most=1_000_000, why_most="time")
 def _zict_lmdb(folder: str, memory: int) -> Handle:
     import zict
 
