@@ -90,13 +90,13 @@ class ChestMachine(RuleBasedStateMachine):
     given: dict[str, Any] = {}  # noqa: RUF012 - settings of the chest, that subclasses replace
     written = Bundle("keys")
 
-    @initialize()
-    def start(self) -> None:
+    @initialize(n=st.integers(0, 20))
+    def start(self, n: int) -> None:
         self.folder = tempfile.mkdtemp()
         self.path = os.path.join(self.folder, "c")
         self.model: dict[Any, Any] = {}
         self.held: list[tuple[Any, Any]] = []  # values of the chest that "the user" holds, with their twins
-        self.n = 0
+        self.n = n  # so that short runs have large values, too
         self.open()
 
     def open(self) -> None:

@@ -408,7 +408,7 @@ _NAMES: dict[str, Plan] = {
     "pandas.DataFrame": _frame,
     "pandas.Series": _frame,
     "pandas.arrays.ArrowExtensionArray": _arrow_column,
-    "pandas._libs.internals.BlockValuesRefs": _counted_by(lambda value: 250),  # weak references to who shares a block
+    "pandas._libs.internals.BlockValuesRefs": _counted_by(lambda value: 210),  # weak references to who shares a block
     "pandas._libs.index.IndexEngine": _counted_by(lambda value: value.sizeof()),
     "pyarrow.lib.Buffer": _arrow_buffer,
     **dict.fromkeys(("pyarrow.lib.Array", "pyarrow.lib.ChunkedArray", "pyarrow.lib._Tabular"), _arrow),
