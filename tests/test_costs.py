@@ -70,10 +70,13 @@ def test_a_hit_asks_nobody_and_allocates_nothing(chest: Chest[Any, Any]) -> None
     counts = Counts(chest)
     for key in keys:
         chest[key]
-    before = sys.getallocatedblocks()
-    for key in keys:
-        chest[key]
-    assert sys.getallocatedblocks() - before < 20
+    grown = []
+    for _ in range(5):  # other threads (of whoever runs the tests) may need some in between
+        before = sys.getallocatedblocks()
+        for key in keys:
+            chest[key]
+        grown.append(sys.getallocatedblocks() - before)
+    assert min(grown) < 20
     assert counts == {}
 
 

@@ -477,10 +477,13 @@ def test_measuring_an_object_makes_no_dict_for_it() -> None:
     tracemalloc.start()
     try:
         nbytes(one)
-        before = tracemalloc.get_traced_memory()[0]
-        for _ in range(100):
-            nbytes(one)
-        assert tracemalloc.get_traced_memory()[0] - before < 100
+        grown = []
+        for _ in range(5):  # other threads (of whoever runs the tests) may need some in between
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(100):
+                nbytes(one)
+            grown.append(tracemalloc.get_traced_memory()[0] - before)
+        assert min(grown) < 100
     finally:
         tracemalloc.stop()
 
