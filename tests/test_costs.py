@@ -303,7 +303,9 @@ def test_a_first_touch_opens_one_file_and_what_was_only_read_leaves_by_one_look(
         if line.startswith("getppid"):
             reads.append([])
         elif reads and not line.startswith("mmap"):  # the interpreter maps memory of its own, too
-            reads[-1].append(line.partition("(")[0].replace("newfstatat", "fstat"))
+            name = line.partition("(")[0].replace("newfstatat", "fstat")
+            if name != "fstat" or reads[-1][-1:] != ["fstat"]:  # since 3.13 Python maps, and has a look of its own
+                reads[-1].append(name)
     touch, look = ["openat", "fstat", "close"], ["openat", "ioctl", "close"]
     if any("pread64" in read for read in reads):  # before Linux 6.7
         look[1] = "pread64"
