@@ -573,10 +573,9 @@ def test_limits_of_this_machine_do_not_stop_the_default_map() -> None:
         assert _environment.MAP_SIZE == 256 << 30
 
 
-def test_keys_that_were_thought_to_be_new_keep_their_places_and_are_noted(index: LmdbIndex) -> None:
+def test_keys_that_are_known_keep_their_places_among_new_ones_and_are_noted(index: LmdbIndex) -> None:
     for name, start in (("a", 1), ("b", 200), ("c", 400)):
         index.commit([put(f"{name}{n}", start + n, kind=2) for n in range(100)])
-    assert index._all_new  # nobody looks for the keys of the next commit before it puts them
     before = index.version()
     replaced: list[bytes] = []
 
@@ -588,14 +587,13 @@ def test_keys_that_were_thought_to_be_new_keep_their_places_and_are_noted(index:
     commit = index.commit(mixed, notes=notes)
     assert commit.before == before
     assert sorted(replaced) == sorted(f"a{n}".encode() for n in range(0, 100, 2))
-    assert not index._all_new
     names = [f"{name}{n}" for name in "abc" for n in range(100)] + [f"d{n}" for n in range(50)]
     assert [item.name.decode() for item in index.page(None, 1000)] == names
     assert index.get(b"a2") == Record(commit.version, 3, 0, b"new")
     check(index)
 
 
-def test_a_transaction_looks_for_keys_since_it_cannot_begin_again(index: LmdbIndex) -> None:
+def test_keys_are_found_that_the_same_transaction_has_put(index: LmdbIndex) -> None:
     index.commit([put(f"a{n}", n + 1) for n in range(100)])
     with index.transaction() as inside:
         inside.commit([put(f"b{n}", 200 + n) for n in range(100)])

@@ -55,7 +55,6 @@ class Environment:
         lost: this process was forked off the one that opened it, and must not touch it.
     """
 
-    can_start_over = True  # a transaction that was given up can be begun again
     begin: Callable[..., Any]
     index: Any
     order: Any

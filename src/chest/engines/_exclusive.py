@@ -26,7 +26,6 @@ class Held:
     """What ``LmdbIndex`` uses of an environment; all of it happens in the one transaction."""
 
     sync = False  # what is committed here is durable when the transaction is
-    can_start_over = False  # it is one with what was written before
 
     def __init__(self, env: Environment, txn: Any) -> None:
         self._env = env

@@ -18,7 +18,7 @@ import os
 from _thread import get_ident
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from operator import eq, itemgetter
+from operator import itemgetter
 from typing import Any, NoReturn, cast
 
 from xxhash import xxh3_64_digest as _digest
@@ -41,7 +41,6 @@ from ._gate import GATE
 
 __all__ = ["LmdbIndex"]
 
-MANY = 64  # keys that are all new: then those of the next commit may be, too
 _PAGE_BYTES = 4 << 20  # a page of the order ends here, too: keys may be large
 
 
@@ -53,7 +52,6 @@ class LmdbIndex(Index):
         self._folder = folder
         self._env = env
         self._sync = sync
-        self._all_new = False  # the last commit was of many keys, and all of them new
         self.generation = env.generation
         self.look_up = partial(look_up, Record, env, _digest, GATE.inside, GATE)  # type: ignore[method-assign]
 
@@ -209,22 +207,17 @@ class LmdbIndex(Index):
         names = [put[0] for put in batch]
         if deletes:
             names = sorted([*names, *deletes])
-        if any(map(eq, names, names[1:])):
+        if len(set(names)) != len(names):
             raise ValueError("a name occurs twice in one commit")
 
         noted = False
-        all_new = self._all_new and self._env.can_start_over and not deletes
 
         def work(txn: Any) -> tuple[Commit, bool]:
             nonlocal noted
-            commit, wrote, noted = self._write(txn, puts, batch, deletes, names, notes, meta or {}, all_new)
+            commit, wrote, noted = self._write(txn, puts, batch, deletes, names, notes, meta or {})
             return commit, wrote
 
-        try:
-            commit: Commit = self._env.write(self._folder, work)
-        except _Known:
-            all_new = False
-            commit = self._env.write(self._folder, work)
+        commit: Commit = self._env.write(self._folder, work)
         self._settled(durable=noted or bool(meta))
         return commit
 
@@ -265,15 +258,12 @@ class LmdbIndex(Index):
         names: list[bytes],
         notes: Callable[[dict[bytes, Record]], Sequence[bytes]] | None,
         meta: dict[bytes, bytes],
-        all_new: bool,
     ) -> tuple[Commit, bool, bool]:
         env = self._env
         version = txn.id()
         order = txn.cursor(env.order)
         was_empty = _count(txn, env.order) == 0
-        # While a chest is filled nobody is looked for: that there is one shows when the records are put.
-        seqs, noted = ({}, {}) if was_empty or all_new else self._old(txn, order, names)
-        self._all_new = len(puts) >= MANY and not seqs and not deletes
+        seqs, noted = ({}, {}) if was_empty else self._old(txn, order, names)
         deleted = [name for name in deletes if name in seqs]
         changed = [(put[0], put[4]) for put in puts] if len(puts) < _log.MANY else []
         for name in deleted:
@@ -288,11 +278,8 @@ class LmdbIndex(Index):
             self._give_places(order, newcomers, seqs)
         if batch:
             records = record_pairs(version, seqs, batch, _digest)
-            _, added = txn.cursor(env.index).putmulti(records, append=was_empty, overwrite=not all_new)
+            _, added = txn.cursor(env.index).putmulti(records, append=was_empty)
             if added != len(batch):
-                if all_new:
-                    self._all_new = False
-                    raise _Known
                 raise damaged(self._folder, "there are records without a place in the order")
 
         if batch or deleted:
@@ -411,10 +398,6 @@ class LmdbIndex(Index):
 
     def _refuse(self, what: str, key: bytes) -> NoReturn:
         raise damaged(self._folder, f"{what} ({key[:40]!r}) is not what was written")
-
-
-class _Known(Exception):
-    """Some of the keys that were to be new are there already."""
 
 
 class _Closed:
