@@ -90,14 +90,16 @@ class ChestMachine(RuleBasedStateMachine):
     given: dict[str, Any] = {}  # noqa: RUF012 - settings of the chest, that subclasses replace
     written = Bundle("keys")
 
-    @initialize(n=st.integers(0, 20))
-    def start(self, n: int) -> None:
+    @initialize(n=st.integers(0, 20), first=st.lists(keys, min_size=4, max_size=12))
+    def start(self, n: int, first: list[Any]) -> None:
         self.folder = tempfile.mkdtemp()
         self.path = os.path.join(self.folder, "c")
         self.model: dict[Any, Any] = {}
         self.held: list[tuple[Any, Any]] = []  # values of the chest that "the user" holds, with their twins
-        self.n = n  # so that short runs have large values, too
+        self.n = n
         self.open()
+        for key in first:  # an example of a few steps, most of which set nothing, would have nothing to spill
+            self.set(key, False)
 
     def open(self) -> None:
         self.c: Chest[Any, Any] = Chest(path=self.path, available_memory=self.limit, serializer=self.serializer, **self.given)
