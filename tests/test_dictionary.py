@@ -447,3 +447,18 @@ def test_a_chest_goes_with_its_last_reference() -> None:
         assert not Path(path).exists()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("look", [lambda c: c, lambda c: c.items(), lambda c: reversed(c)], ids=["keys", "items", "reversed"])
+def test_a_key_that_is_deleted_while_it_is_ahead_is_not_met_any_more(tmp_path: Path, look: Callable[[Any], Any]) -> None:
+    with Chest[int, int](path=tmp_path / "ahead", loose=0) as chest:
+        chest.update((n, n) for n in range(100))
+        chest.flush()
+        met = []
+        for item in look(chest):
+            key = item[0] if isinstance(item, tuple) else item
+            met.append(key)
+            if len(met) == 1:
+                del chest[50]
+        assert 50 not in met
+        assert len(met) == 99

@@ -8,14 +8,13 @@ watched while the caller holds them, so ``for v in c.values(): v.append(1)`` is 
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, ValuesView
+from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from ._hot import Entry
     from ._keeper import Keeper
-    from .abc import OrderItem, Record
+    from .abc import Record
 
 __all__ = ["Items", "Keys", "Values", "walk"]
 
@@ -29,12 +28,6 @@ BATCH_BYTES = 1 << 20  # of small ones as many as make this, or a page
 
 def walk(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, bytes | None]]:
     """Keys in insertion order, with their name in the index if that is where they come from."""
-    for page in _pages(keeper, reverse):
-        yield from page
-
-
-def _pages(keeper: Keeper, reverse: bool) -> Iterator[Iterable[tuple[Any, bytes | None]]]:
-    """The same in parts, each of which is to be looked through before the next one is asked for."""
     with keeper.lock:
         keeper._usable()
         own = keeper._own_new(reverse)
@@ -47,39 +40,28 @@ def _pages(keeper: Keeper, reverse: bool) -> Iterator[Iterable[tuple[Any, bytes 
             page = store.index.page(after, PAGE, reverse=reverse)
         if not page:
             break
+        for item in page:
+            while own and (own[-1].seq > item.seq if reverse else own[-1].seq < item.seq):
+                key = own.pop().key
+                if key in keeper:  # it may have been deleted since
+                    yield key, None
+            if own and own[-1].seq == item.seq:
+                own.pop()  # it has been written since, and this is it
+            key = store.key(item)
+            if (keeper._tombs or keeper._dirty) and keeper._hidden(key):
+                continue
+            yield key, item[1]
         after = page[-1].seq
-        if own and (own[-1].seq >= after if reverse else own[-1].seq <= after):
-            yield _merged(keeper, own, page, reverse)
-        elif keeper._tombs or keeper._dirty:
-            yield ((key, item[1]) for item in page if not keeper._hidden(key := store.key(item)))
-        else:
-            yield [(store.key(item), item[1]) for item in page]
-    yield ((entry.key, None) for entry in reversed(own) if entry.key in keeper)
-
-
-def _merged(keeper: Keeper, own: list[Entry], page: list[OrderItem], reverse: bool) -> Iterator[tuple[Any, bytes | None]]:
-    """A page of the index, and among it those unwritten keys whose places lie there; they are taken from ``own``."""
-    for item in page:
-        while own and (own[-1].seq > item.seq if reverse else own[-1].seq < item.seq):
-            key = own.pop().key
-            if key in keeper:  # it may have been deleted since
-                yield key, None
-        if own and own[-1].seq == item.seq:
-            own.pop()  # it has been written since, and this is it
-        key = keeper._store.key(item)
-        if not keeper._hidden(key):
-            yield key, item.name
+    for entry in reversed(own):
+        if entry.key in keeper:
+            yield entry.key, None
 
 
 def walk_items(keeper: Keeper, *, reverse: bool = False) -> Iterator[tuple[Any, Any]]:
     """Keys and values in insertion order; the records of a batch are read in one go."""
     keeper._usable()
     keeper._take_all_changes()
-    for page in _pages(keeper, reverse):
-        yield from _with_values(keeper, iter(page))
-
-
-def _with_values(keeper: Keeper, pairs: Iterator[tuple[Any, bytes | None]]) -> Iterator[tuple[Any, Any]]:
+    pairs = walk(keeper, reverse=reverse)
     entries, lent, tombs, store = keeper._entries, keeper._lent, keeper._tombs, keeper._store
     size, before, passed = BATCH, None, None
     while batch := list(islice(pairs, size)):
