@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chest import Chest, _changes, _hot
-from chest._hot import Entry, baseline_bytes, is_held, picture
+from chest._hot import Entry, baseline_bytes, picture, who_holds
 
 pytestmark = pytest.mark.skipif(not _hot.COMPILED, reason="the compiled part is not here")
 
@@ -216,21 +216,21 @@ def test_who_holds_a_value_is_found_out_as_in_python(value: Any, hold: Callable[
     del value
     keeps = hold(entry.value)
     in_python = _changes.held(entry.value)  # not in the assertion, which holds what it has looked at
-    assert is_held(entry) == bool(in_python)
+    assert bool(who_holds(entry)) == bool(in_python)
     del keeps
     in_python = _changes.held(entry.value)
-    assert is_held(entry) == bool(in_python)
+    assert bool(who_holds(entry)) == bool(in_python)
 
 
 @pytest.mark.parametrize("n", [0, 3])
-def test_a_part_that_somebody_holds_is_held(n: int) -> None:
+def test_a_part_that_somebody_holds_who_holds(n: int) -> None:
     entry = Entry("key", loaded([[{"deep": [n]}], 1]), 1)
-    assert not is_held(entry)
+    assert not who_holds(entry)
     part = entry.value[0][0]["deep"]
-    assert is_held(entry)
+    assert who_holds(entry)
     part.append(1)
     del part
-    assert not is_held(entry)
+    assert not who_holds(entry)
 
 
 def test_what_was_read_is_neither_pickled_again_nor_kept_as_bytes(tmp_path: Path) -> None:
@@ -269,3 +269,25 @@ def test_a_value_that_is_changed_after_it_was_written_along_is_written_again(tmp
         assert chest["held"] == [0, *range(1000)]
         assert chest[10] == {"n": [10, "late"]}
         assert all(chest[i] == {"n": [i]} for i in range(3000) if i != 10)
+
+
+class Interrupts:
+    """A value of which Python is asked who holds it."""
+
+
+def test_an_interrupt_while_python_is_asked_is_raised_and_other_errors_are_left_to_it() -> None:
+    def pack(error: BaseException) -> Any:
+        def raises(value: Any, extra: int) -> int:
+            raise error
+
+        _hot.setup_pictures(_changes.IMMUTABLE, _changes.ATOMS, raises)
+        try:
+            entry = Entry("key", Interrupts(), 1, True)
+            return _hot.pack_rows(iter([entry]), pickle.dumps, pickle.dumps, bool, hash, 1000, 1000, 1000, [], [], [])
+        finally:
+            _hot.setup_pictures(_changes.IMMUTABLE, _changes.ATOMS, _changes.held)
+
+    item, size = pack(ValueError())
+    assert (item.key, size) == ("key", 0)
+    with pytest.raises(KeyboardInterrupt):
+        pack(KeyboardInterrupt())

@@ -29,7 +29,6 @@ __all__ = [
     "MemoryTier",
     "State",
     "baseline_bytes",
-    "is_held",
     "look_up",
     "may_be_reached",
     "order_pairs",
@@ -42,6 +41,7 @@ __all__ = [
     "read_records",
     "record_pairs",
     "settle_rows",
+    "who_holds",
 ]  # fmt: skip
 
 _HEAD = struct.Struct("<QQB")
@@ -306,14 +306,14 @@ def _settle_rows(
     return n_new, stuck
 
 
-def _is_held(entry: Any) -> bool:
-    """Whether anybody but its entry holds a value, or something inside it that can change."""
-    return _changes.held(entry.value) != _changes.Held.NO
+def _who_holds(entry: Any) -> int:
+    """Who but its entry holds a value, or something inside it that can change, as a ``Held``."""
+    return _changes.held(entry.value)
 
 
 def may_be_reached(entry: Any) -> bool:
     """Whether anybody may change a value that is written now: who holds it, or has a weak reference."""
-    return _is_held(entry) or weakref.getweakrefcount(entry.value) > 0
+    return _changes.held(entry.value) != _changes.Held.NO or weakref.getweakrefcount(entry.value) > 0
 
 
 def _picture(value: object) -> Any:
@@ -336,7 +336,7 @@ if TYPE_CHECKING:
     State = _State
     pack_rows, record_pairs, order_pairs, settle_rows = _pack_rows, _record_pairs, _order_pairs, _settle_rows
     read_record, read_order, read_places, read_key = _read_record, _read_order, _read_places, _read_key
-    picture, is_held, baseline_bytes = _picture, _is_held, _baseline_bytes
+    picture, who_holds, baseline_bytes = _picture, _who_holds, _baseline_bytes
     read_records, look_up = _read_records, _look_up
     setup_pictures: Callable[..., None]
     size_of_plain: Callable[..., int]
@@ -349,7 +349,6 @@ else:
             MemoryTier,
             State,
             baseline_bytes,
-            is_held,
             look_up,
             order_pairs,
             pack_rows,
@@ -363,6 +362,7 @@ else:
             settle_rows,
             setup_pictures,
             size_of_plain,
+            who_holds,
         )
 
         COMPILED = True
@@ -370,7 +370,7 @@ else:
         Entry, MemoryTier, State = _entry.Entry, _memory.MemoryTier, _State
         pack_rows, record_pairs, order_pairs, settle_rows = _pack_rows, _record_pairs, _order_pairs, _settle_rows
         read_record, read_order, read_places, read_key = _read_record, _read_order, _read_places, _read_key
-        picture, is_held, baseline_bytes = _picture, _is_held, _baseline_bytes
+        picture, who_holds, baseline_bytes = _picture, _who_holds, _baseline_bytes
         read_records, look_up = _read_records, _look_up
         COMPILED = False
 

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 from . import _changes
-from ._hot import Entry, MemoryTier, State, baseline_bytes, is_held, settle_rows
+from ._hot import Entry, MemoryTier, State, baseline_bytes, settle_rows, who_holds
 from ._records import COMMIT_BYTES, SMALL, Baseline, Written
 from ._sizing import nbytes
 from ._store import Store
@@ -254,10 +254,10 @@ class Spiller(State):
         """As `_find_change`, when a value is about to leave: if nobody holds it, and it has not, it is not lent any more."""
         entry.lent = entry.lent or entry.hot
         entry.hot = False  # who is handed it from here on will show
-        held = is_held(entry)
+        held = who_holds(entry)
         if self._find_change(entry):
             return True
-        entry.lent = held
+        entry.lent = held != _changes.Held.NO
         return False
 
     def _leave(self, entry: Entry) -> None:
@@ -267,9 +267,9 @@ class Spiller(State):
         if entry.baseline is not None and (entry.hot or entry.lent):
             entry.lent = True
             # Who held it a moment ago may have let go after changing it: the next look tells.
-            self._watch(entry, _changes.held(entry.value) or _changes.Held.VALUE)
+            self._watch(entry, who_holds(entry) or _changes.Held.VALUE)
 
-    def _watch(self, entry: Entry, held: _changes.Held) -> bool:
+    def _watch(self, entry: Entry, held: int) -> bool:
         """Keep a value that somebody holds: all of it, or a part of it as long as there is room for such."""
         if held == _changes.Held.INNER:
             size = entry.size or nbytes(entry.value)
@@ -290,7 +290,8 @@ class Spiller(State):
         changed: list[Entry] = []
         for _ in range(len(lent) if everything else min(len(lent), POLLED)):
             key, entry = lent.popitem(last=False)
-            if is_held(entry) and (held := _changes.held(entry.value)) and self._watch(entry, held):
+            held = who_holds(entry)
+            if held and self._watch(entry, held):
                 continue
             self._pinned.pop(key, None)
             if key not in self._entries and self._find_change(entry):

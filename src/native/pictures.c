@@ -12,6 +12,7 @@
 
 #define MOST 20000 /* members; beyond that, and for deeper values, pickles are compared */
 #define DEEPEST 50
+#define VALUE 2 /* of `_changes.Held` */
 
 typedef struct {
     PyObject_VAR_HEAD
@@ -25,7 +26,7 @@ typedef struct {
 } Sketch;
 
 static PyObject *immutable, *atoms; /* the types of what cannot change, and of what `held` does not look at */
-static PyObject *who_holds;         /* `_changes.held` */
+static PyObject *ask_python;        /* `_changes.held` */
 
 enum { LIST, DICT, TUPLE, NONE };
 
@@ -39,7 +40,7 @@ kind_of(PyObject *value)
 static inline Py_ssize_t
 length_of(PyObject *value, int kind)
 {
-    return kind == DICT ? PyDict_GET_SIZE(value) : kind == LIST ? PyList_GET_SIZE(value) : PyTuple_GET_SIZE(value);
+    return kind == DICT ? PyDict_GET_SIZE(value) : PySequence_Fast_GET_SIZE(value);
 }
 
 static inline int
@@ -115,7 +116,7 @@ draw(Sketch *sketch, PyObject *value, int depth)
         return good;
     }
     for (Py_ssize_t i = 0; good && i < length_of(value, kind); i++) {
-        good = draw(sketch, kind == LIST ? PyList_GET_ITEM(value, i) : PyTuple_GET_ITEM(value, i), depth + 1);
+        good = draw(sketch, PySequence_Fast_GET_ITEM(value, i), depth + 1);
     }
     return good;
 }
@@ -199,7 +200,7 @@ is_same(const Picture *self, Py_ssize_t *at, PyObject *value)
         return same;
     }
     for (Py_ssize_t i = 0; same && i < length_of(value, kind); i++) {
-        same = is_same(self, at, kind == LIST ? PyList_GET_ITEM(value, i) : PyTuple_GET_ITEM(value, i));
+        same = is_same(self, at, PySequence_Fast_GET_ITEM(value, i));
     }
     return same;
 }
@@ -212,7 +213,7 @@ picture_matches(PyObject *picture, PyObject *value)
     return Py_IS_TYPE(picture, &Picture_Type) && is_same((Picture *)picture, &at, value) && at == Py_SIZE(picture);
 }
 
-/* Whether anybody else can change a value that the caller has `own` references to: 0 no, 1 yes, -1 not known. */
+/* Who else can change a value that the caller has `own` references to: 0 nobody, VALUE, or -1 where that is not known. */
 static int
 holders(PyObject *value, Py_ssize_t own, int depth, int *n_left)
 {
@@ -224,7 +225,7 @@ holders(PyObject *value, Py_ssize_t own, int depth, int *n_left)
         return -1;
     }
     if (Py_REFCNT(value) > own) {
-        return depth > 0 || kind == TUPLE ? -1 : 1; /* a member may be shared within the value, a tuple may hold nothing */
+        return depth > 0 || kind == TUPLE ? -1 : VALUE; /* a member may be shared within the value, a tuple may hold nothing */
     }
     if (kind == DICT) {
         PyObject *key, *member;
@@ -235,12 +236,12 @@ holders(PyObject *value, Py_ssize_t own, int depth, int *n_left)
         return held;
     }
     for (Py_ssize_t i = 0; held == 0 && i < length_of(value, kind); i++) {
-        held = holders(kind == LIST ? PyList_GET_ITEM(value, i) : PyTuple_GET_ITEM(value, i), 1, depth + 1, n_left);
+        held = holders(PySequence_Fast_GET_ITEM(value, i), 1, depth + 1, n_left);
     }
     return held;
 }
 
-/* As `is_held`, at a glance: 0 no, 1 yes, -1 where it has to be asked of Python. */
+/* As `who_holds`, at a glance: 0 nobody, VALUE, or -1 where it has to be asked of Python. */
 int
 held_at_a_glance(Entry *entry)
 {
@@ -248,15 +249,15 @@ held_at_a_glance(Entry *entry)
     return holders(entry->value, 1, 0, &n_left);
 }
 
-/* Whether anybody but its entry holds a value, or something inside it that can change; -1 with an exception set. */
+/* Who but its entry holds a value, or something inside it that can change, as a `Held`; -1 with an exception set. */
 int
-entry_is_held(Entry *entry)
+holders_of(Entry *entry)
 {
     int held = held_at_a_glance(entry);
     if (held < 0) {
         PyObject *value = Py_NewRef(entry->value), *one = PyLong_FromLong(1);
-        PyObject *answer = one == NULL ? NULL : PyObject_CallFunctionObjArgs(who_holds, value, one, NULL);
-        held = answer == NULL ? -1 : PyObject_IsTrue(answer);
+        PyObject *answer = one == NULL ? NULL : PyObject_CallFunctionObjArgs(ask_python, value, one, NULL);
+        held = answer == NULL ? -1 : (int)PyLong_AsLong(answer);
         Py_XDECREF(answer);
         Py_XDECREF(one);
         Py_DECREF(value);
@@ -304,14 +305,14 @@ picture(PyObject *Py_UNUSED(module), PyObject *value)
 }
 
 static PyObject *
-is_held(PyObject *Py_UNUSED(module), PyObject *entry)
+who_holds(PyObject *Py_UNUSED(module), PyObject *entry)
 {
     if (!Py_IS_TYPE(entry, &Entry_Type)) {
         PyErr_SetString(PyExc_TypeError, "an entry is needed");
         return NULL;
     }
-    int held = entry_is_held((Entry *)entry);
-    return held < 0 ? NULL : PyBool_FromLong(held);
+    int held = holders_of((Entry *)entry);
+    return held < 0 ? NULL : PyLong_FromLong(held);
 }
 
 /* Told once: which types cannot change, which types `held` passes over, and `held` itself. */
@@ -324,7 +325,7 @@ setup_pictures(PyObject *Py_UNUSED(module), PyObject *args)
     }
     Py_XSETREF(immutable, Py_NewRef(fixed));
     Py_XSETREF(atoms, Py_NewRef(passed));
-    Py_XSETREF(who_holds, Py_NewRef(held));
+    Py_XSETREF(ask_python, Py_NewRef(held));
     Py_RETURN_NONE;
 }
 
@@ -337,7 +338,7 @@ baseline_bytes(PyObject *Py_UNUSED(module), PyObject *baseline)
 static PyMethodDef functions[] = {
     {"baseline_bytes", baseline_bytes, METH_O, NULL},
     {"picture", picture, METH_O, NULL},
-    {"is_held", is_held, METH_O, NULL},
+    {"who_holds", who_holds, METH_O, NULL},
     {"setup_pictures", setup_pictures, METH_VARARGS, NULL},
     {NULL},
 };

@@ -90,17 +90,19 @@ pack_rows(PyObject *Py_UNUSED(module), PyObject *args)
         int atomic = is_fixed(entry->value), glance = atomic ? 0 : held_at_a_glance(entry);
         if (entry->dirty && !atomic) {
             /* Asked before it is serialized: what nobody holds cannot differ from what is written, unless it is handed out. */
-            int held = glance < 0 ? entry_is_held(entry) : glance;
+            int held = glance < 0 ? holders_of(entry) : glance;
             if (held == 0 && PyType_SUPPORTS_WEAKREFS(Py_TYPE(entry->value)) &&
                 *PyObject_GET_WEAKREFS_LISTPTR(entry->value) != NULL) {
                 held = 1; /* who has a weak reference may come back */
             }
             if (held < 0) {
                 Py_DECREF(name);
-                PyErr_Clear();
+                if (PyErr_ExceptionMatches(PyExc_Exception)) {
+                    PyErr_Clear(); /* as below */
+                }
                 break;
             }
-            entry->lent = (char)held;
+            entry->lent = held != 0;
         }
         PyObject *value = Py_NewRef(entry->value);
         PyObject *body = PyObject_CallOneArg(glance == 0 ? dumps_plain : dumps, value); /* 0: all of it is plain */

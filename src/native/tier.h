@@ -53,7 +53,7 @@ PyObject *picture_of(PyObject *value);
 long long bytes_of_baseline(PyObject *baseline);
 int picture_matches(PyObject *picture, PyObject *value);
 int held_at_a_glance(Entry *entry);
-int entry_is_held(Entry *entry);
+int holders_of(Entry *entry);
 int size_of_members(PyObject *value, PyObject *quick, PyObject *leaves, long long *size);
 Entry *entry_new(PyObject *key, PyObject *value, long long size);
 int tier_add(Tier *self, Entry *entry);
