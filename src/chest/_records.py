@@ -82,7 +82,7 @@ class FileBaseline(NamedTuple):
     """What a value with large buffers looked like when it was last read or written.
 
     ``view`` is the private mapping that its buffers lie in, None if they are in memory of their own. Such a value may have come
-    out of an envelope: ``again`` opens that once more. ``outline`` is that of an array, see ``_changes.outline_of``.
+    out of an envelope: ``again`` opens that once more. ``outline`` is that of an array, see ``_pagemap.outline_of``.
     """
 
     layout: Layout

@@ -347,7 +347,8 @@ def _frame(value: Any) -> Parts:
 def _arrow_column(value: Any) -> Parts:
     if "_pa_array" not in vars(value):  # pandas 1 called it otherwise
         return _inside(value)
-    members = [value._pa_array, *(cached for cached in (vars(value).get("_cache"),) if cached)]
+    cache = vars(value).get("_cache")
+    members = [value._pa_array, cache] if cache else [value._pa_array]
     return id(value), 500, ((members, len(members)),)  # 500: its attributes, its data type, an empty cache
 
 

@@ -215,8 +215,7 @@ class Spiller(State):
         but are clean. A commit costs a sync and a copy of every page that it touches: the more share it, the less each pays.
         Not so ``spare``, which is being replaced.
         """
-        others = self._tier.let_go(victims)
-        self._spills += len(victims) - len(others)
+        others = self._let_go(victims)
         unwritten = [entry for entry in others if entry.dirty or self._has_changed(entry)]
         error = None
         failed: dict[Any, ChestError] = {}
@@ -233,9 +232,7 @@ class Spiller(State):
             for entry in along:
                 if entry.dirty and entry.key in failed:
                     self._tier.keep(entry)
-        staying = self._tier.let_go(others)
-        self._spills += len(others) - len(staying)
-        for entry in staying:
+        for entry in self._let_go(others):
             if entry.dirty:
                 if entry.key in failed:  # the others come first next time
                     self._tier.keep(entry)
@@ -244,6 +241,12 @@ class Spiller(State):
         for reason in failed.values():
             _log.warning("chest at %s: %s", self._store.path, str(reason))
         return error
+
+    def _let_go(self, batch: list[Entry]) -> list[Entry]:
+        """What cannot have changed has left memory; the others are returned."""
+        others = self._tier.let_go(batch)
+        self._spills += len(batch) - len(others)
+        return others
 
     def _forget(self, entry: Entry) -> None:
         self._tier.remove(entry.key)
@@ -399,10 +402,7 @@ class Spiller(State):
 
     def _empty(self) -> None:
         """Let everything leave memory that is written."""
-        entries = list(self._entries.values())
-        staying = self._tier.let_go(entries)
-        self._spills += len(entries) - len(staying)
-        for entry in staying:
+        for entry in self._let_go(list(self._entries.values())):
             if not entry.dirty and entry.alive:
                 self._leave(entry)
         self._poll(everything=True)
@@ -410,7 +410,7 @@ class Spiller(State):
 
 def size_of(value: Any, baseline: Baseline) -> int:
     """Bytes that a value takes in memory, with what it is compared with."""
-    return nbytes(value) if baseline is None else nbytes(value) + baseline_bytes(baseline)
+    return nbytes(value) + baseline_bytes(baseline)
 
 
 def _summary(failed: dict[Any, ChestError], path: str) -> ChestError:
